@@ -1,0 +1,85 @@
+"""What a finished job hands over, and which base it belongs to.
+
+An adapter is a folder that peft (for LoRA) or transformers (for a full model) reads as it is, with tokenizer, chat
+template, training config and `parity.json` beside the weights, closed by a manifest. Its content digest is its version.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ADAPTER_KIND = "adapter"
+"""`kind` in the manifest of an adapter folder."""
+
+PARITY_FILE = "parity.json"
+
+
+class BaseIdentity(BaseModel):
+    """The frozen weights a result was trained on, as exactly as it matters: an endpoint serves an adapter only on its equal.
+
+    `weights` digests names, dtypes and bytes of all tensors; NF4 of the same weights is a different base, and so is another
+    compute dtype, since both change the numbers an adapter saw.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="The registered name, for people; not part of the comparison.")
+    weights: str
+    quantization: Literal["none", "nf4", "nf4-double"] = "none"
+    compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+
+    def matches(self, other: "BaseIdentity") -> bool:
+        return (self.weights, self.quantization, self.compute_dtype) == (
+            other.weights,
+            other.quantization,
+            other.compute_dtype,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.model} (weights {self.weights[:12]}, quantization {self.quantization}, compute {self.compute_dtype})"
+
+
+class AdapterFacts(BaseModel):
+    """The `facts` of an adapter's manifest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tuning: Literal["lora", "full"]
+    base: BaseIdentity
+    job_id: str
+    attempt: int
+    step: int
+    rank: int | None = Field(description="LoRA rank; null for a full model.")
+    template: str = Field(description="Digest of the chat template it was trained with.")
+    eval_loss: float | None
+
+
+class ParityProbe(BaseModel):
+    """One sequence with the log-probabilities the trained model gave it, computed as a loader of the saved folder would.
+
+    `token_ids` is the whole sequence (prompt and completion); `logprobs[i]` is log p(token_ids[start + i] | what precedes),
+    for the trained model and for the bare base, so that an adapter that loads but does nothing is told apart.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    token_ids: list[int]
+    start: int = Field(ge=1)
+    logprobs: list[float]
+    base_logprobs: list[float]
+
+
+class ParityRecord(BaseModel):
+    """Proof of what was trained. The endpoint reproduces it before the adapter becomes routable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    device: str
+    compute_dtype: str
+    probes: list[ParityProbe] = Field(min_length=1)
+
+
+def tolerance(compute_dtype: str) -> float:
+    """Largest mean absolute difference of log-probabilities, in nats, that two loaders of one adapter may show."""
+    return {"fp32": 1e-3, "bf16": 5e-2, "fp16": 2e-2}[compute_dtype]

@@ -1,0 +1,164 @@
+"""TrainEvent: what a run says, in one shape from the GPU to the browser.
+
+The loop yields events, the child writes each as one JSON line into its own pipe, the supervisor sends it to a Redis stream
+at once and to Postgres in batches, and server-sent events carry it on. `seq` counts from 1 within a run without gaps; with
+the attempt's number it is the event's id on the wire, `<attempt>-<seq>`, which makes every hop resumable. Attempt 0 holds
+what happened before the first run.
+"""
+
+import time
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from core.states import JobStatus, Phase, Reason
+
+
+class _Event(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seq: int = Field(default=0, ge=0, description="1, 2, ... within the attempt; 0 until numbered.")
+    at: float = Field(default_factory=time.time, description="Unix seconds, for display; order is by seq.")
+
+
+class Started(_Event):
+    """The child has everything in memory and begins (or goes on) with the first step."""
+
+    kind: Literal["started"] = "started"
+    device: str
+    precision: str
+    total_steps: int
+    first_step: int = Field(description="The step that comes next: 1, or more after a resume.")
+    train_rows: int
+    eval_rows: int
+    trainable_parameters: int
+    total_parameters: int
+    example: list[tuple[str, bool]] = Field(description="The first row as it is trained: (text, carries loss) pieces.")
+
+
+class PhaseChanged(_Event):
+    kind: Literal["phase"] = "phase"
+    phase: Phase
+
+
+class Step(_Event):
+    """One optimizer step. Memory is in GiB; the allocator's figures are null on a CPU, where `rss_gib` speaks."""
+
+    kind: Literal["step"] = "step"
+    step: int
+    epoch: float
+    loss: float = Field(description="Mean nats per trained token over the whole step.")
+    learning_rate: float
+    grad_norm: float = Field(description="Global norm before clipping.")
+    tokens: int = Field(description="Non-padding tokens of the step.")
+    trained_tokens: int
+    tokens_per_second: float
+    step_seconds: float
+    eta_seconds: float
+    allocated_gib: float | None
+    reserved_gib: float | None
+    peak_allocated_gib: float | None
+    rss_gib: float
+
+
+class Evaluation(_Event):
+    """Held-out loss after `step` optimizer steps; step 0 is the model before training."""
+
+    kind: Literal["eval"] = "eval"
+    step: int
+    eval_loss: float = Field(description="Mean nats per trained token over all held-out rows.")
+    eval_perplexity: float
+    eval_trained_tokens: int
+    row_losses: list[tuple[float, int]] = Field(description="Per held-out row, in order: (summed nats, trained tokens).")
+
+
+class CheckpointWritten(_Event):
+    """A checkpoint folder stands closed by its manifest in the run folder; it counts once the record holds it."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    step: int
+    folder: str = Field(description="Relative to the run folder.")
+
+
+class AdapterWritten(_Event):
+    kind: Literal["adapter"] = "adapter"
+    step: int
+    folder: str = Field(description="Relative to the run folder.")
+
+
+class Warned(_Event):
+    kind: Literal["warning"] = "warning"
+    code: str
+    message: str
+
+
+class Ended(_Event):
+    """The child's last word; its exit code says the same. The supervisor decides what becomes of the job."""
+
+    kind: Literal["ended"] = "ended"
+    reason: Reason
+    message: str
+    step: int
+
+
+class StatusChanged(_Event):
+    """A job changed its status. Written by the record itself, in the transaction that made the change."""
+
+    kind: Literal["status"] = "status"
+    status: JobStatus
+    reason: Reason | None = None
+    message: str = ""
+
+
+ChildEvent = Annotated[
+    Started | PhaseChanged | Step | Evaluation | CheckpointWritten | AdapterWritten | Warned | Ended,
+    Field(discriminator="kind"),
+]
+"""What a training child may say."""
+
+TrainEvent = Annotated[
+    Started | PhaseChanged | Step | Evaluation | CheckpointWritten | AdapterWritten | Warned | Ended | StatusChanged,
+    Field(discriminator="kind"),
+]
+"""What a job's history may hold."""
+
+_child_event: TypeAdapter[Any] = TypeAdapter(ChildEvent)
+_train_event: TypeAdapter[Any] = TypeAdapter(TrainEvent)
+
+METRICS: dict[str, tuple[str, ...]] = {
+    "step": (
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "trained_tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "eta_seconds",
+        "allocated_gib",
+        "reserved_gib",
+        "peak_allocated_gib",
+        "rss_gib",
+    ),
+    "eval": ("eval_loss", "eval_perplexity", "eval_trained_tokens"),
+}
+"""Event kind -> its fields that are curves over `step`, as `GET /jobs/{id}/metrics` names them."""
+
+
+def parse_child_event(line: str | bytes) -> "ChildEvent":
+    """One line of the child's pipe. Raises pydantic.ValidationError on anything else."""
+    event: ChildEvent = _child_event.validate_json(line)
+    return event
+
+
+def parse_event(stored: dict[str, Any]) -> "TrainEvent":
+    """A stored event as today's type."""
+    event: TrainEvent = _train_event.validate_python(stored)
+    return event
+
+
+def metrics_of(event: "TrainEvent") -> dict[str, float]:
+    """The curve values an event carries; empty for kinds without any."""
+    names = METRICS.get(event.kind, ())
+    return {name: float(value) for name in names if (value := getattr(event, name)) is not None}

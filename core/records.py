@@ -1,0 +1,207 @@
+"""What the API answers. The same classes describe the OpenAPI page and what a client reads."""
+
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from core.adapter import BaseIdentity
+from core.spec import JobSpec
+from core.states import DatasetStatus, JobStatus, Phase, Reason, RunStatus
+
+T = TypeVar("T")
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Page(Record, Generic[T]):
+    """One page of a list. Pass `next_cursor` as `cursor` for the next one; null on the last."""
+
+    object: Literal["list"] = "list"
+    data: list[T]
+    has_more: bool
+    next_cursor: str | None = None
+
+
+class RowProblem(Record):
+    """A row that can't be used, or that deserves a look. Rows count from 1; `line` is set where the file has lines."""
+
+    row: int | None = Field(description="Null where the whole file is meant.")
+    line: int | None = None
+    field: str | None = None
+    code: str
+    message: str
+
+
+class DatasetReport(Record):
+    """What the preparer found in a file. `errors` and `warnings` hold the first 100 of each; the counts are complete."""
+
+    format: str | None = Field(description="alpaca, sharegpt, messages or prompt_completion; null when not even that was clear.")
+    encoding: str = "utf-8"
+    rows: int
+    usable_rows: int
+    turns: int = 0
+    characters: int = 0
+    duplicate_rows: int = 0
+    error_count: int
+    warning_count: int
+    errors: list[RowProblem]
+    warnings: list[RowProblem]
+
+
+class DatasetRecord(Record):
+    object: Literal["dataset"] = "dataset"
+    id: str
+    name: str
+    filename: str
+    status: DatasetStatus
+    bytes: int
+    sha256: str
+    created_at: datetime
+    report: DatasetReport | None = Field(description="Null until the preparer has read the file.")
+
+
+class TokenCounts(Record):
+    """A dataset as one job trains on it: after template, tokenizer and `max_length`. Totals over all rows, held-out included."""
+
+    dataset_id: str
+    rows: int
+    tokens: int
+    trained_tokens: int
+    truncated_rows: int = Field(description="Rows cut at max_length.")
+    rows_without_target: int = Field(description="Rows left without a trained token; they are dropped.")
+    longest: int = Field(description="Tokens of the longest row before the cut.")
+
+
+class RunRecord(Record):
+    object: Literal["run"] = "run"
+    id: str
+    attempt: int
+    status: RunStatus
+    reason: Reason | None
+    message: str
+    worker: str
+    started_at: datetime
+    ended_at: datetime | None
+    resumed_from_step: int | None
+
+
+class JobRecord(Record):
+    object: Literal["job"] = "job"
+    id: str
+    status: JobStatus
+    phase: Phase | None = Field(description="What is going on right now, finer than the status.")
+    reason: Reason | None = Field(description="Why it ended; a stable code.")
+    message: str = Field(description="The same for people.")
+    spec: JobSpec
+    tokens: list[TokenCounts] = Field(description="Empty until the preparer has tokenised the datasets.")
+    step: int | None = Field(description="Last optimizer step recorded.")
+    total_steps: int | None
+    cancel_requested_at: datetime | None
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    adapter_id: str | None = Field(description="The result, once the job succeeded.")
+    adapter_version: int | None
+    runs: list[RunRecord]
+
+
+class EventRecord(Record):
+    object: Literal["event"] = "event"
+    id: str = Field(description="<attempt>-<seq>; usable as Last-Event-ID.")
+    kind: str
+    at: datetime
+    data: dict[str, Any]
+
+
+class MetricPoint(BaseModel):
+    """All curve values of one step, each from the highest attempt that reached it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    step: int
+    attempt: int
+
+
+class CheckpointRecord(Record):
+    object: Literal["checkpoint"] = "checkpoint"
+    job_id: str
+    attempt: int
+    step: int
+    bytes: int
+    sha256: str
+    created_at: datetime
+
+
+class ReceiptRecord(Record):
+    """One check by one endpoint before it serves a version."""
+
+    endpoint: str
+    check: str
+    passed: bool
+    numbers: dict[str, Any]
+    at: datetime
+
+
+class AdapterVersionRecord(Record):
+    version: int
+    sha256: str
+    bytes: int
+    job_id: str
+    tuning: Literal["lora", "full"]
+    base: BaseIdentity
+    step: int
+    eval_loss: float | None
+    deployed: bool
+    servable_on: list[str] = Field(description="Endpoints whose receipts all passed.")
+    receipts: list[ReceiptRecord]
+    created_at: datetime
+
+
+class AdapterRecord(Record):
+    object: Literal["adapter"] = "adapter"
+    id: str
+    name: str
+    created_at: datetime
+    latest_version: int
+    versions: list[AdapterVersionRecord]
+
+
+class ModelRecord(Record):
+    object: Literal["model"] = "model"
+    id: str
+    name: str
+    family: str = Field(description="The architecture as transformers names it.")
+    parameters: int
+    context_length: int
+    weights: str = Field(description="Digest over all tensors.")
+    has_chat_template: bool
+    created_at: datetime
+
+
+class MemoryEstimate(Record):
+    """GiB at the peak of a step."""
+
+    weights_gib: float
+    gradients_gib: float
+    optimizer_gib: float
+    activations_gib: float
+    total_gib: float
+
+
+class PlanRecord(Record):
+    """A dry run: what a job would do, before anything is queued."""
+
+    object: Literal["plan"] = "plan"
+    ready: bool = Field(description="False while the preparer has not tokenised the data; counts and steps are null then.")
+    train_rows: int | None
+    eval_rows: int | None
+    steps: int | None
+    tokens: list[TokenCounts]
+    trainable_parameters: int
+    memory: MemoryEstimate
+    budget_gib: float | None = Field(description="The largest memory budget among live workers; null when none is up.")
+    fits: bool | None
+    warnings: list[str]
