@@ -9,9 +9,21 @@ from contextlib import contextmanager
 
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.orm import Session
 
 from store.settings import Settings
+
+UNREACHABLE = (OperationalError, InterfaceError, TimeoutError)
+"""What a transaction raises when the database is away, restarting or overrun: worth another try. All else is a bug."""
+
+_NETWORK = {  # libpq: a silent partition is noticed after seconds, not after the kernel's quarter of an hour
+    "connect_timeout": 5,
+    "tcp_user_timeout": 15_000,
+    "keepalives_idle": 15,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
 
 
 def database_url(settings: Settings) -> URL:
@@ -34,7 +46,7 @@ class Database:
             max_overflow=pool_size,
             pool_pre_ping=True,
             pool_timeout=10,
-            connect_args={"connect_timeout": 5, "application_name": application_name},
+            connect_args={**_NETWORK, "application_name": application_name},
         )
 
     @contextmanager

@@ -7,11 +7,12 @@ may be lost, doubled, late or forged, and nothing happens to the work.
 
 from dataclasses import dataclass
 
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import delete, func, literal, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from store.tables import Outbox
+from core.states import DatasetStatus, JobStatus
+from store.tables import Dataset, Job, Outbox
 
 RUN_JOB = "run_job"
 PREPARE_JOB = "prepare_job"
@@ -57,3 +58,23 @@ def due(session: Session, bell_seconds: float, limit: int = 500) -> list[Bell]:
     overdue = Outbox.sent_at < func.now() - func.make_interval(0, 0, 0, 0, 0, 0, bell_seconds)
     rows = session.scalars(select(Outbox).where(Outbox.sent_at.is_(None) | overdue).order_by(Outbox.created_at).limit(limit))
     return [Bell(row.task, row.key) for row in rows]
+
+
+def mend(session: Session) -> int:
+    """Make bells and waiting work agree: drop bells whose work no longer waits, post those of work that has none.
+
+    Every transaction that makes or takes work keeps them in step; this catches what a restored backup, a deleted dataset or
+    a hand at the database left behind. Returns the number of bells posted.
+    """
+    posted = 0
+    for task, waiting in {
+        RUN_JOB: select(Job.id).where(Job.status == JobStatus.QUEUED),
+        PREPARE_JOB: select(Job.id).where(Job.status == JobStatus.VALIDATING_FILES),
+        VALIDATE_DATASET: select(Dataset.id).where(Dataset.status == DatasetStatus.UPLOADED, Dataset.deleted_at.is_(None)),
+    }.items():
+        session.execute(delete(Outbox).where(Outbox.task == task, Outbox.key.not_in(waiting)))
+        ids = waiting.subquery()
+        rows = select(literal(task), ids.c.id, literal(QUEUES[task]))
+        added = insert(Outbox).from_select(["task", "key", "queue"], rows).on_conflict_do_nothing()
+        posted += session.execute(added).rowcount  # type: ignore[attr-defined]
+    return posted

@@ -53,7 +53,12 @@ def claim_dataset(session: Session, dataset_id: str, *, boot_id: str, lease_seco
     """Take an upload that nobody validates right now; None otherwise."""
     row = session.execute(
         update(Dataset)
-        .where(Dataset.id == dataset_id, Dataset.status == DatasetStatus.UPLOADED, _free(Dataset))
+        .where(
+            Dataset.id == dataset_id,
+            Dataset.status == DatasetStatus.UPLOADED,
+            Dataset.deleted_at.is_(None),
+            _free(Dataset),
+        )
         .values(owner=boot_id, lease_until=_lease(lease_seconds), tries=Dataset.tries + 1)
         .returning(Dataset.project_id, Dataset.filename, Dataset.tries)
     ).one_or_none()
@@ -79,9 +84,9 @@ def finish_dataset(session: Session, claim: DatasetClaim, report: DatasetReport)
     return [outbox.post(session, outbox.Bell(outbox.PREPARE_JOB, job_id)) for job_id in waiting]
 
 
-def claim_job(session: Session, job_id: str, *, boot_id: str, lease_seconds: float) -> JobClaim | None:
+def claim_job(session: Session, job_id: str, *, boot_id: str, lease_seconds: float) -> JobClaim | StatusChanged | None:
     """Take a job whose tokens are to be made. None while a dataset of it is not validated yet (its end rings again), or
-    when there is nothing to do."""
+    when there is nothing to do. The status change of a job that failed here, for a dataset of it has no usable row."""
     taken = session.execute(
         update(Job)
         .where(Job.id == job_id, Job.status == JobStatus.VALIDATING_FILES, _free(Job))
@@ -102,12 +107,11 @@ def claim_job(session: Session, job_id: str, *, boot_id: str, lease_seconds: flo
         .order_by(JobDataset.dataset_id)
     ).all()
     if any(status == DatasetStatus.UPLOADED for _, _, _, status, _ in needs):
-        _release(session, job_id)
+        _release(session, Job, job_id)
         return None
     failed = [dataset_id for dataset_id, _, _, status, _ in needs if status == DatasetStatus.FAILED]
     if failed:
-        fail_job(session, job_id, Reason.BAD_DATA, f"No usable rows in {', '.join(failed)}: see the dataset's report.")
-        return None
+        return fail_job(session, job_id, Reason.BAD_DATA, f"No usable rows in {', '.join(failed)}: see the dataset's report.")
     missing = [MissingTokens(dataset_id, sha256, key) for dataset_id, key, sha256, _, cached in needs if cached is None]
     return JobClaim(job_id, taken.project_id, upgrade_spec(taken.spec), boot_id, missing)
 
@@ -120,6 +124,20 @@ def renew_job(session: Session, claim: JobClaim, *, lease_seconds: float) -> boo
 def renew_dataset(session: Session, claim: DatasetClaim, *, lease_seconds: float) -> bool:
     """Renew the lease. False when the dataset is no longer this preparer's: deleted, or taken over."""
     return _renew(session, Dataset, claim.dataset_id, claim.boot_id, lease_seconds)
+
+
+def release_job(session: Session, claim: JobClaim) -> None:
+    """Give a job back unfinished; its bell still stands."""
+    if renew_job(session, claim, lease_seconds=0):
+        _release(session, Job, claim.job_id)
+
+
+def release_dataset(session: Session, claim: DatasetClaim, *, counted: bool) -> None:
+    """Give an upload back unfinished; its bell still stands. The try counts where the upload may be to blame."""
+    if renew_dataset(session, claim, lease_seconds=0):
+        _release(session, Dataset, claim.dataset_id)
+        if not counted:
+            session.execute(update(Dataset).where(Dataset.id == claim.dataset_id).values(tries=Dataset.tries - 1))
 
 
 def record_tokens(session: Session, claim: JobClaim, missing: MissingTokens, counts: TokenCounts) -> None:
@@ -165,8 +183,8 @@ def _unusable(counts: list[TokenCounts], spec: JobSpec) -> tuple[Reason, str] | 
     return None
 
 
-def _release(session: Session, job_id: str) -> None:
-    session.execute(update(Job).where(Job.id == job_id).values(owner=None, lease_until=None))
+def _release(session: Session, table: type[Job] | type[Dataset], row_id: str) -> None:
+    session.execute(update(table).where(table.id == row_id).values(owner=None, lease_until=None))
 
 
 def _renew(session: Session, table: type[Job] | type[Dataset], row_id: str, boot_id: str, lease_seconds: float) -> bool:

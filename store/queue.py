@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable
 from urllib.parse import quote, urlsplit, urlunsplit
 
+import redis
 from celery import Celery
 from kombu import Queue
 from kombu.exceptions import OperationalError
@@ -31,7 +32,7 @@ def redis_url(settings: Settings) -> str:
 
 def make_celery(settings: Settings) -> Celery:
     """The application, for both sides."""
-    app = Celery("strop", broker=redis_url(settings))
+    app = Celery("strop", broker=redis_url(settings), set_as_current=False)
     app.conf.update(
         task_acks_late=False,
         task_ignore_result=True,
@@ -64,6 +65,7 @@ class Doorbell:
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._app = make_celery(settings)
+        self._redis = redis.Redis.from_url(redis_url(settings), socket_timeout=2, socket_connect_timeout=2)
         self._database = database
 
     def ring(self, bells: Iterable[outbox.Bell]) -> None:
@@ -79,5 +81,10 @@ class Doorbell:
             with self._database.transaction() as session:
                 outbox.mark_rung(session, rung)
 
+    def is_idle(self, queue: str) -> bool:
+        """No message waits in the queue. Raises redis.RedisError when the broker is away."""
+        return self._redis.llen(queue) == 0
+
     def close(self) -> None:
         self._app.close()
+        self._redis.close()

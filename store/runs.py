@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, text, update
+from sqlalchemy import ColumnElement, DateTime, func, select, update
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from core.adapter import AdapterFacts
@@ -31,6 +32,7 @@ class Claim:
     boot_id: str
     spec: JobSpec
     resume: "ResumePoint | None"
+    began: StatusChanged
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,9 @@ def claim_run(session: Session, job_id: str, *, boot_id: str, worker: str, lease
         )
     )
     session.flush()
-    jobs.move(session, job, JobStatus.RUNNING)
+    began = jobs.move(session, job, JobStatus.RUNNING)
     outbox.answer(session, outbox.Bell(outbox.RUN_JOB, job_id))
-    return Claim(job.id, job.project_id, job.fence, boot_id, upgrade_spec(job.spec), resume)
+    return Claim(job.id, job.project_id, job.fence, boot_id, upgrade_spec(job.spec), resume, began)
 
 
 def renew(session: Session, claim: Claim, *, lease_seconds: float) -> bool:
@@ -121,10 +123,12 @@ def record_checkpoint(session: Session, claim: Claim, *, step: int, sha256: str,
     """A checkpoint lies verified in the storage: from now on a later attempt resumes from it.
 
     Returns storage keys of older checkpoints that `checkpoints.keep` no longer covers, to be deleted after the commit.
+    May be called again for the same step, when it is not known whether the first call was committed.
     """
     job = _lock(session, claim)
-    session.add(Checkpoint(job_id=job.id, attempt=claim.attempt, step=step, project_id=job.project_id, sha256=sha256, bytes=size))
-    session.flush()
+    facts = {"project_id": job.project_id, "sha256": sha256, "bytes": size}
+    row = insert(Checkpoint).values(job_id=job.id, attempt=claim.attempt, step=step, **facts)
+    session.execute(row.on_conflict_do_nothing())
     standing = list(
         session.scalars(
             select(Checkpoint)
@@ -133,10 +137,10 @@ def record_checkpoint(session: Session, claim: Claim, *, step: int, sha256: str,
         )
     )
     surplus = standing[claim.spec.checkpoints.keep :]
-    for row in surplus:
-        row.deleted_at = session.scalar(select(func.now()))
+    for old in surplus:
+        old.deleted_at = session.scalar(select(func.now()))
     session.flush()
-    return [checkpoint_key(row.job_id, row.attempt, row.step) for row in surplus]
+    return [checkpoint_key(old.job_id, old.attempt, old.step) for old in surplus]
 
 
 def discard_checkpoint(session: Session, claim: Claim, point: ResumePoint) -> ResumePoint | None:
@@ -197,15 +201,16 @@ def close_run(session: Session, claim: Claim, reason: Reason, message: str) -> t
     return _close(session, _lock(session, claim), reason, message)
 
 
-def close_expired(session: Session) -> list[tuple[Job, StatusChanged, outbox.Bell | None]]:
-    """Sweeper: end every run whose lease ran out. A database that has just started first gives everyone time to renew."""
-    grace = text("pg_postmaster_start_time() + interval '90 seconds'")
+def close_expired(session: Session, *, grace_seconds: float) -> list[tuple[Job, StatusChanged, outbox.Bell | None]]:
+    """Sweeper: end every run whose lease ran out. A database that started less than `grace_seconds` ago closes nothing: while
+    it was away nobody could renew, and its restart must not end every healthy run at once."""
+    started = func.pg_postmaster_start_time(type_=DateTime(timezone=True))
     expired = session.scalars(
         select(Job)
         .where(
             Job.status == JobStatus.RUNNING,
             Job.lease_until < func.now(),
-            (func.now() > grace) | (Job.lease_until > text("pg_postmaster_start_time()")),
+            func.now() > started + func.make_interval(0, 0, 0, 0, 0, 0, grace_seconds),
         )
         .with_for_update(skip_locked=True)
         .limit(100)

@@ -1,0 +1,85 @@
+"""Message and the rules of a conversation that can be trained on. Every format ends here; the renderer begins here.
+
+A conversation is: at most one system message, first; then user and assistant in turn, the user first; at least one
+assistant message. It may end with a user message, which then teaches nothing.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from core.data.strict_json import shown
+from core.errors import InvalidInput, Problem
+
+Role = Literal["system", "user", "assistant"]
+MAX_MESSAGES = 1000
+"""Rendering is quadratic in the turns of one row, so their number has a bound."""
+
+
+class Message(NamedTuple):
+    role: Role
+    content: str
+
+
+@dataclass
+class Draft:
+    """Collects the messages of one row and all that is wrong with them; `finish` gives one or raises the other."""
+
+    messages: list[Message] = field(default_factory=list)
+    _fields: list[str] = field(default_factory=list)
+    _problems: list[Problem] = field(default_factory=list)
+
+    def add(self, role: Role, content: Any, where: str) -> None:
+        """Take a message whose content stands at the field path `where`."""
+        if not isinstance(content, str):
+            self.refuse("wrong-type", where, f"expected text, found {json_type(content)}")
+            return
+        if not content.strip():
+            if role == "assistant":
+                self.refuse("empty-target", where, "an answer without text can't be learned")
+            elif role == "user":
+                self.refuse("empty-prompt", where, "a question without text")
+        self.messages.append(Message(role, content))
+        self._fields.append(where)
+
+    def refuse(self, code: str, where: str, message: str) -> None:
+        self._problems.append(Problem(code, message, field=where))
+
+    def finish(self, where: str) -> list[Message]:
+        """The conversation. Raises InvalidInput with every problem of the row; `where` is the field of the whole."""
+        is_whole = all(problem.code in ("empty-target", "empty-prompt") for problem in self._problems)
+        if is_whole:
+            self._check_order(where)
+        if self._problems:
+            raise InvalidInput("the row can't be used", self._problems)
+        return self.messages
+
+    def _check_order(self, where: str) -> None:
+        if len(self.messages) > MAX_MESSAGES:
+            self.refuse("too-many-turns", where, f"{len(self.messages)} messages; {MAX_MESSAGES} are the limit")
+            return
+        previous: Role | None = None
+        for (role, _), at in zip(self.messages, self._fields, strict=True):
+            if role == "system":
+                if previous is not None:
+                    self.refuse("bad-roles", at, "a system message may only stand first, and once")
+            elif role == "assistant" and previous in (None, "system"):
+                self.refuse("bad-roles", at, "the conversation begins with the assistant; a user message must come first")
+            elif role == previous:
+                self.refuse("bad-roles", at, f"two {role} messages in a row; user and assistant must alternate")
+            previous = role
+        if not any(message.role == "assistant" for message in self.messages):
+            self.refuse("bad-roles", where, "there is no assistant message, so nothing to learn")
+
+
+def json_type(value: Any) -> str:
+    """What JSON calls the type of a value, for messages."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text", list: "an array", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def unknown_role(role: Any, known: tuple[str, ...]) -> str:
+    """The sentence for a role that is none; names are matched exactly, so a near miss is pointed out."""
+    hint = f"; did you mean {shown(role.lower())}?" if isinstance(role, str) and role.lower() in known else ""
+    return f"unknown role {shown(role)}; known: {', '.join(known)}{hint}"

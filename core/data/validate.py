@@ -1,0 +1,194 @@
+"""An upload judged: what format it has, which rows can be used, what is wrong with the others.
+
+Second stop of a dataset's walk, between the reader and rows.jsonl. The format is that of the first row that has one; no
+row is guessed at singly. Errors keep a row out, warnings do not; of each the first 100 are kept and all are counted.
+
+Codes beside the reader's. File errors: empty-dataset, unknown-format. Row errors: unknown-format, mixed-format,
+top-level-object, missing-field, wrong-type, bad-role, bad-roles, empty-target, empty-prompt, too-many-turns,
+tools-not-supported, media-not-supported, preference-not-supported.
+Warnings: utf8-bom, unknown-field, duplicate-row, duplicate-id, ends-with-user, long-row.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from core.data.conversation import Message
+from core.data.formats import FORMATS, Format
+from core.data.reader import Row, RowFile, open_rows
+from core.data.strict_json import plain, shown
+from core.errors import InvalidInput, Problem, Unparsable
+from core.records import DatasetReport, RowProblem
+
+KEPT_PROBLEMS = 100
+LONG_ROW_CHARACTERS = 200_000
+_NAMED_FIELDS = 20
+_MEDIA = ("media-not-supported", "rows with media can't be used for text training")
+_PREFERENCE = ("preference-not-supported", "rows of preferences can't be used for supervised training")
+_REFUSED_FIELDS = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("chosen", "rejected"), _PREFERENCE),
+}
+"""Fields that make a row another kind of example: read as plain text it would teach something else than was meant."""
+
+
+def validate(upload: Path, filename: str, keep: Callable[[int, list[Message]], None]) -> DatasetReport:
+    """Read a whole upload, call `keep(row number, messages)` for every usable row, and report.
+
+    Never raises for what stands in the file: a file that can't be read has its reason in the report and 0 usable rows.
+    """
+    judge = _Judge(keep)
+    try:
+        file = open_rows(upload, filename)
+        judge.read(file)
+    except Unparsable as error:
+        return judge.report(broken_by=error.problems)
+    return judge.report()
+
+
+@dataclass
+class _Judge:
+    keep: Callable[[int, list[Message]], None]
+    rows: int = 0
+    usable: int = 0
+    turns: int = 0
+    characters: int = 0
+    duplicates: int = 0
+    error_count: int = 0
+    warning_count: int = 0
+    errors: list[RowProblem] = field(default_factory=list)
+    warnings: list[RowProblem] = field(default_factory=list)
+    format: Format | None = None
+    format_row: int = 0
+    unknown_fields: set[str] = field(default_factory=set)
+    seen_rows: dict[int, int] = field(default_factory=dict)
+    seen_ids: dict[int, int] = field(default_factory=dict)
+
+    def read(self, file: RowFile) -> None:
+        if file.has_bom:
+            self.warn(Problem("utf8-bom", "the file begins with a byte order mark, which was dropped", line=1))
+        for row in file.rows:
+            self.rows += 1
+            if isinstance(row, Row):
+                self.take(row)
+            else:
+                self.refuse(row)
+        if self.rows == 0:
+            self.refuse(Problem("empty-dataset", "the file holds no rows"))
+        if self.unknown_fields:
+            names = sorted(self.unknown_fields)
+            more = f" and {len(names) - _NAMED_FIELDS} more" if len(names) > _NAMED_FIELDS else ""
+            listed = ", ".join(names[:_NAMED_FIELDS]) + more
+            self.warn(Problem("unknown-field", f"not part of the format and ignored: {listed}"))
+
+    def take(self, row: Row) -> None:
+        problems, messages = self.parse(row)
+        for problem in problems:
+            self.refuse(replace(problem, row=row.number, line=row.line))
+        if problems:
+            return
+        self.usable += 1
+        self.turns += len(messages)
+        length = sum(len(message.content) for message in messages)
+        self.characters += length
+        self.look_at(row, messages, length)
+        self.keep(row.number, messages)
+
+    def parse(self, row: Row) -> tuple[list[Problem], list[Message]]:
+        problems = [
+            Problem(code, message, field=name) for name, (code, message) in _REFUSED_FIELDS.items() if row.value.get(name)
+        ]
+        if self.format is None:
+            self.format, self.format_row = _detect(row.value), row.number
+        if self.format is None:
+            return problems or [_no_format(row)], []
+        if not self.format.matches(row.value):
+            return [*problems, self.misfit(row)], []
+        if len(self.unknown_fields) < 10 * _NAMED_FIELDS:
+            self.unknown_fields |= {plain(name) for name in self.format.unknown_fields(row.value)}
+        try:
+            messages = self.format.parse(row.value)
+        except InvalidInput as error:
+            return [*problems, *error.problems], []
+        return problems, messages
+
+    def misfit(self, row: Row) -> Problem:
+        assert self.format is not None
+        other = _detect(row.value)
+        if other is not None:
+            message = f"row {row.number} is {other.name}, row {self.format_row} is {self.format.name}; a file has one format"
+            return Problem("mixed-format", message)
+        missing = sorted(self.format.required - row.value.keys())
+        message = f"{', '.join(missing)} missing; the file is {self.format.name} by row {self.format_row}"
+        return Problem("missing-field", message, field=missing[0])
+
+    def look_at(self, row: Row, messages: list[Message], length: int) -> None:
+        """What deserves a look in a row that can be used."""
+        found: list[Problem] = []
+        first = self.seen_rows.setdefault(_fingerprint(messages), row.number)
+        if first != row.number:
+            self.duplicates += 1
+            found.append(Problem("duplicate-row", f"the same as row {first}"))
+        identity = row.value.get("id")
+        if isinstance(identity, str | int) and identity != "":
+            first = self.seen_ids.setdefault(_fingerprint(repr(identity)), row.number)
+            if first != row.number:
+                found.append(Problem("duplicate-id", f"the id {shown(identity)} is row {first}'s too", field="id"))
+        if messages[-1].role == "user":
+            found.append(Problem("ends-with-user", "the last message is the user's; it teaches nothing"))
+        if length > LONG_ROW_CHARACTERS:
+            found.append(Problem("long-row", f"{length} characters; it will be cut at the job's max_length"))
+        for problem in found:
+            self.warn(replace(problem, row=row.number, line=row.line))
+
+    def refuse(self, problem: Problem) -> None:
+        self.error_count += 1
+        if len(self.errors) < KEPT_PROBLEMS:
+            self.errors.append(_as_record(problem))
+
+    def warn(self, problem: Problem) -> None:
+        self.warning_count += 1
+        if len(self.warnings) < KEPT_PROBLEMS:
+            self.warnings.append(_as_record(problem))
+
+    def report(self, broken_by: tuple[Problem, ...] = ()) -> DatasetReport:
+        # What broke the file goes first: it must not be lost behind the 100 rows before it.
+        broken = [_as_record(problem) for problem in broken_by]
+        return DatasetReport(
+            format=self.format.name if self.format else None,
+            rows=self.rows,
+            usable_rows=0 if broken else self.usable,
+            turns=0 if broken else self.turns,
+            characters=0 if broken else self.characters,
+            duplicate_rows=0 if broken else self.duplicates,
+            error_count=self.error_count + len(broken),
+            warning_count=self.warning_count,
+            errors=[*broken, *self.errors][:KEPT_PROBLEMS],
+            warnings=self.warnings,
+        )
+
+
+def _detect(row: dict[str, Any]) -> Format | None:
+    return next((known for known in FORMATS.values() if known.matches(row)), None)
+
+
+def _no_format(row: Row) -> Problem:
+    rows = row.value.items()
+    wrapped = [name for name, value in rows if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if wrapped and row.number == 1:
+        return Problem("top-level-object", f"the rows seem to stand under {shown(wrapped[0])}: upload that array alone")
+    names = ", ".join(plain(name) for name in list(row.value)[:10])
+    wanted = "; ".join(f"{known.name}: {', '.join(sorted(known.required))}" for known in FORMATS.values())
+    return Problem("unknown-format", f"the fields ({names}) are of no known format ({wanted})")
+
+
+def _fingerprint(content: object) -> int:
+    """64 bits: a chance hit among a million rows has odds of 1 in 30 million, and costs one wrong warning."""
+    text = repr(content) if not isinstance(content, str) else content
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+
+def _as_record(problem: Problem) -> RowProblem:
+    return RowProblem(row=problem.row, line=problem.line, field=problem.field, code=problem.code, message=problem.message)

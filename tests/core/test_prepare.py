@@ -1,0 +1,144 @@
+"""The preparer's child as its supervisor sees it: a real process, files in a folder, an exit code, death with its stdin."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from core.data.tokens import TokenCache
+from core.records import DatasetReport
+from core.run import PREPARE_FILE, REPORT_FILE, ROWS_FILE, TOKENS_FOLDER, TokenizeInput, ValidateInput, read_counts
+from core.states import Reason
+from tests.tiny import build_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples" / "data"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def start(work: Path, request: ValidateInput | TokenizeInput) -> "subprocess.Popen[bytes]":
+    (work / PREPARE_FILE).write_text(request.model_dump_json())
+    return subprocess.Popen(
+        [sys.executable, "-m", "core.prepare", str(work)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(child: "subprocess.Popen[bytes]") -> tuple[int, str]:
+    """Exit code and stderr of a child whose stdin stays open to its end."""
+    assert child.stdin
+    assert child.stdout
+    assert child.stderr
+    code = child.wait(timeout=120)
+    said = child.stderr.read().decode()
+    for pipe in (child.stdin, child.stdout, child.stderr):
+        pipe.close()
+    return code, said
+
+
+def validated(work: Path, upload: Path) -> DatasetReport:
+    code, said = finish(start(work, ValidateInput(upload=upload, filename=upload.name)))
+    assert (code, said) == (0, "")
+    return DatasetReport.model_validate_json((work / REPORT_FILE).read_bytes())
+
+
+def tokenize(work: Path, model: Path, rows: Path, **choices: object) -> TokenizeInput:
+    settings: dict[str, object] = {"template": "model", "max_length": 256, "train_on": "all_turns"} | choices
+    return TokenizeInput.model_validate({"dataset_id": "ds_1", "rows": rows, "model_folder": model} | settings)
+
+
+@pytest.mark.parametrize("name", ["alpaca_seed_en.jsonl", "alpaca_seed_zh.jsonl"])
+def test_a_dataset_goes_from_upload_to_tokens(tmp_path: Path, model: Path, name: str) -> None:
+    report = validated(tmp_path, EXAMPLES / name)
+    assert (report.format, report.usable_rows) == ("alpaca", 175)
+    lines = (tmp_path / ROWS_FILE).read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["row"] for line in lines] == list(range(1, 176))
+
+    code, said = finish(start(tmp_path, tokenize(tmp_path, model, tmp_path / ROWS_FILE)))
+    assert (code, said) == (0, "")
+    counts = read_counts(tmp_path)
+    cache = TokenCache.open(tmp_path / TOKENS_FOLDER)
+    assert counts.rows == 175 == len(cache) + counts.rows_without_target
+    assert counts.tokens == int(cache.lengths.sum())
+    assert counts.trained_tokens == sum(int(cache.row(i)[1].sum()) for i in range(len(cache)))
+    assert int(cache.lengths.max()) <= 256 < counts.longest
+    assert counts.truncated_rows > 0
+    assert {"tokenizer", "template_digest", "renderer"} <= cache.facts.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [PREPARE_FILE, REPORT_FILE, ROWS_FILE, "counts.json", TOKENS_FOLDER]
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b'[{"instruction": "q', b"\xff\xfe[", b'{"prompt": "q", "completion": ""}'])
+def test_a_bad_file_is_a_report_and_not_a_crash(tmp_path: Path, content: bytes) -> None:
+    upload = tmp_path / "upload"
+    upload.write_bytes(content)
+    report = validated(tmp_path, upload)
+    assert (report.usable_rows, report.error_count) == (0, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([PREPARE_FILE, REPORT_FILE, "upload"])
+
+
+def test_rows_that_the_template_refuses_fail_the_job_with_their_numbers(tmp_path: Path, model: Path) -> None:
+    strict = tmp_path / "model"
+    strict.mkdir()
+    for path in model.iterdir():
+        (strict / path.name).write_bytes(path.read_bytes())
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    (strict / "chat_template.jinja").write_text(refusing + (model / "chat_template.jinja").read_text())
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = tmp_path / ROWS_FILE
+    system = {"role": "system", "content": "s"}
+    rows.write_text("".join(json.dumps({"row": n, "messages": [system] * (n > 4) + turns}) + "\n" for n in (2, 4, 6, 9)))
+    code, said = finish(start(tmp_path, tokenize(tmp_path, strict, rows)))
+    assert code == Reason.BAD_DATA.facts.exit_code
+    last = said.strip().splitlines()[-1]
+    assert "2 of 4 rows can't be rendered" in last
+    assert "row 6" in last
+    assert "row 9" in last
+    assert "no system role" in last
+    assert not (tmp_path / TOKENS_FOLDER).exists()
+
+
+def test_rows_that_all_lose_their_target_leave_an_empty_cache(tmp_path: Path, model: Path) -> None:
+    validated(tmp_path, EXAMPLES / "alpaca_seed_en.jsonl")
+    code, _ = finish(start(tmp_path, tokenize(tmp_path, model, tmp_path / ROWS_FILE, max_length=8)))
+    assert code == 0
+    counts = read_counts(tmp_path)
+    assert (counts.rows, counts.tokens, counts.rows_without_target) == (175, 0, 175)
+
+
+def test_the_child_dies_with_its_supervisor(tmp_path: Path) -> None:
+    upload = tmp_path / "upload.jsonl"
+    line = json.dumps({"prompt": "q" * 100, "completion": "a" * 100}) + "\n"
+    with upload.open("w") as file:
+        for _ in range(400_000):
+            file.write(line)
+    child = start(tmp_path, ValidateInput(upload=upload, filename="upload.jsonl"))
+    partial = tmp_path / f"{ROWS_FILE}.partial"
+    deadline = time.monotonic() + 60
+    while not partial.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert child.stdin
+    assert child.stdout
+    assert child.stderr
+    child.stdin.close()
+    assert child.wait(timeout=60) not in (0, 1)
+    child.stdout.close()
+    child.stderr.close()
+    assert not (tmp_path / REPORT_FILE).exists()
+
+
+def test_the_child_loads_neither_torch_nor_transformers() -> None:
+    program = "import sys, core.prepare; print({'torch', 'transformers'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
