@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from core.adapter import AdapterFacts
 from core.errors import NotFound
 from core.records import AdapterRecord, AdapterVersionRecord, CheckpointRecord, ReceiptRecord
+from store.nodes import LIVE_SECONDS
 from store.tables import Adapter, AdapterVersion, Checkpoint, Deployment, Endpoint, Receipt
 
 DEPLOYED = "deployed"
@@ -20,7 +21,6 @@ UNDEPLOYED = "undeployed"
 CHANNEL = "strop_deployments"
 """LISTEN channel; the payload is the adapter's id."""
 
-_ALIVE_SECONDS = 60.0
 _RECEIPTS_SHOWN = 20
 
 
@@ -98,7 +98,7 @@ def adapter_records(session: Session, adapters: Iterable[Adapter]) -> list[Adapt
     receipts: dict[tuple[str, int], list[Receipt]] = {}
     for receipt in session.scalars(select(Receipt).where(Receipt.adapter_id.in_(ids)).order_by(Receipt.id.desc())):
         receipts.setdefault((receipt.adapter_id, receipt.version), []).append(receipt)
-    alive = func.now() - func.make_interval(0, 0, 0, 0, 0, 0, _ALIVE_SECONDS)
+    alive = func.now() - func.make_interval(0, 0, 0, 0, 0, 0, LIVE_SECONDS)
     boots = set(session.scalars(select(Endpoint.boot_id).where(Endpoint.last_seen_at > alive)))
     return [
         AdapterRecord(

@@ -80,9 +80,17 @@ def append(session: Session, job: Job, attempt: int, events: list[TrainEvent]) -
         session.execute(insert(Metric), points)
 
 
-def append_status(session: Session, job: Job, change: StatusChanged) -> StatusChanged:
-    """Store a status change as the next event of the job's present attempt; the caller's transaction made the change."""
-    numbered = change.model_copy(update={"seq": next_seq(session, job.id, job.fence)})
+UNSEEN = 1_000_000
+"""Numbers left free when a run is closed by someone else: its worker may have streamed events that Postgres never saw, and
+one place must never mean two events."""
+
+
+def append_status(session: Session, job: Job, change: StatusChanged, *, unseen: int = 0) -> StatusChanged:
+    """Store a status change as the next event of the job's present attempt; the caller's transaction made the change.
+
+    `unseen` numbers are left free before it.
+    """
+    numbered = change.model_copy(update={"seq": next_seq(session, job.id, job.fence) + unseen})
     append(session, job, job.fence, [numbered])
     return numbered
 

@@ -104,9 +104,19 @@ def cancel_job(session: Session, project_id: str, job_id: str) -> Job:
 
 
 def move(
-    session: Session, job: Job, to: JobStatus, *, reason: Reason | None = None, message: str = "", **columns: Any
+    session: Session,
+    job: Job,
+    to: JobStatus,
+    *,
+    reason: Reason | None = None,
+    message: str = "",
+    unseen: int = 0,
+    **columns: Any,
 ) -> StatusChanged:
-    """Change a job's status; the only code that does. Raises Conflict when the job is no longer where `job` says."""
+    """Change a job's status; the only code that does. Raises Conflict when the job is no longer where `job` says.
+
+    `columns` change with it; `unseen` is that of `events.append_status`.
+    """
     came_from = JobStatus(job.status)
     if to not in JOB_TRANSITIONS[came_from]:
         raise Conflict(f"A job can't go from {came_from} to {to}")
@@ -122,7 +132,8 @@ def move(
     if moved.rowcount != 1:  # type: ignore[attr-defined]
         raise Conflict(f"The job is no longer {came_from}")
     session.refresh(job)
-    return events.append_status(session, job, StatusChanged(status=to, reason=reason, message=message))
+    change = StatusChanged(status=to, reason=reason, message=message)
+    return events.append_status(session, job, change, unseen=unseen)
 
 
 def job_record(session: Session, job: Job) -> JobRecord:

@@ -201,7 +201,7 @@ def close_run(session: Session, claim: Claim, reason: Reason, message: str) -> t
     return _close(session, _lock(session, claim), reason, message)
 
 
-def close_expired(session: Session, *, grace_seconds: float) -> list[tuple[Job, StatusChanged, outbox.Bell | None]]:
+def close_expired(session: Session, *, grace_seconds: float = 0.0) -> list[tuple[Job, StatusChanged, outbox.Bell | None]]:
     """Sweeper: end every run whose lease ran out. A database that started less than `grace_seconds` ago closes nothing: while
     it was away nobody could renew, and its restart must not end every healthy run at once."""
     started = func.pg_postmaster_start_time(type_=DateTime(timezone=True))
@@ -217,12 +217,14 @@ def close_expired(session: Session, *, grace_seconds: float) -> list[tuple[Job, 
     ).all()
     closed = []
     for job in expired:
-        change, bell = _close(session, job, Reason.LOST, Reason.LOST.facts.sentence)
+        change, bell = _close(session, job, Reason.LOST, Reason.LOST.facts.sentence, unseen=events.UNSEEN)
         closed.append((job, change, bell))
     return closed
 
 
-def _close(session: Session, job: Job, reason: Reason, message: str) -> tuple[StatusChanged, outbox.Bell | None]:
+def _close(
+    session: Session, job: Job, reason: Reason, message: str, *, unseen: int = 0
+) -> tuple[StatusChanged, outbox.Bell | None]:
     if job.cancel_requested_at is not None:  # asked for while it ended in another way: no new attempt
         reason, message = Reason.CANCELLED, Reason.CANCELLED.facts.sentence
     if reason is Reason.LOST:
@@ -240,8 +242,8 @@ def _close(session: Session, job: Job, reason: Reason, message: str) -> tuple[St
         Retry.ONCE: job.failed_count <= 1,
     }[reason.facts.retry]
     if not again:
-        return jobs.move(session, job, reason.facts.job, reason=reason, message=message), None
-    change = jobs.move(session, job, JobStatus.QUEUED, reason=reason, message=message, phase=None)
+        return jobs.move(session, job, reason.facts.job, reason=reason, message=message, unseen=unseen), None
+    change = jobs.move(session, job, JobStatus.QUEUED, reason=reason, message=message, unseen=unseen, phase=None)
     return change, outbox.post(session, outbox.Bell(outbox.RUN_JOB, job.id))
 
 

@@ -121,7 +121,7 @@ def test_a_stale_attempt_can_write_nothing(database: Database) -> None:
     with database.transaction() as session:
         session.execute(update(Job).values(lease_until=Job.created_at))
     with database.transaction() as session:
-        assert [job.id for job, _, _ in runs.close_expired(session)] == [job_id]
+        assert [job.id for job, _, _ in runs.close_expired(session, grace_seconds=0)] == [job_id]
     fresh = claim(database, job_id)
     assert fresh.attempt == stale.attempt + 1
     for write in (
@@ -148,7 +148,7 @@ def test_a_lost_run_resumes_from_the_newest_checkpoint_and_is_given_up_as_poison
             runs.record_checkpoint(session, taken, step=10 * lost, sha256=f"c{lost}", size=1)
             session.execute(update(Job).values(lease_until=Job.created_at))
         with database.transaction() as session:
-            runs.close_expired(session)
+            runs.close_expired(session, grace_seconds=0)
     assert statuses(database, job_id)[-1] == ("failed", "poison")
 
 

@@ -1,0 +1,39 @@
+"""The preparer's claims: one holder at a time, free again when the lease has run out."""
+
+from store import preparation
+from store.db import Database
+from store.tables import DEFAULT_PROJECT, Dataset
+
+
+def upload(database: Database) -> str:
+    with database.transaction() as session:
+        facts = {"name": "d", "filename": "d", "bytes": 1, "sha256": "s", "status": "uploaded"}
+        session.add(Dataset(id="ds_cccccccccccc", project_id=DEFAULT_PROJECT, **facts))
+    return "ds_cccccccccccc"
+
+
+def test_an_upload_has_one_holder_until_its_lease_has_run_out(database: Database) -> None:
+    dataset_id = upload(database)
+    with database.transaction() as session:
+        first = preparation.claim_dataset(session, dataset_id, boot_id="a", lease_seconds=60)
+        assert preparation.claim_dataset(session, dataset_id, boot_id="b", lease_seconds=60) is None
+    assert first is not None
+    with database.transaction() as session:
+        assert preparation.renew_dataset(session, first, lease_seconds=-1)
+    with database.transaction() as session:
+        second = preparation.claim_dataset(session, dataset_id, boot_id="b", lease_seconds=60)
+    assert second is not None
+    assert second.tries == 2
+    with database.transaction() as session:
+        assert not preparation.renew_dataset(session, first, lease_seconds=60)
+        preparation.release_dataset(session, first, counted=False)
+        assert session.get(Dataset, dataset_id).owner == "b", "a stale holder gives nothing back"
+
+
+def test_a_deleted_upload_is_not_taken(database: Database) -> None:
+    dataset_id = upload(database)
+    with database.transaction() as session:
+        row = session.get(Dataset, dataset_id)
+        row.deleted_at = row.created_at
+        session.flush()
+        assert preparation.claim_dataset(session, dataset_id, boot_id="a", lease_seconds=60) is None
