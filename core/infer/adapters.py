@@ -1,0 +1,77 @@
+"""One base in memory with LoRA adapters loaded side by side, of which one or none is active.
+
+Not safe for two threads: the engine's thread alone loads, activates and runs. Whether an adapter may be served at all is
+decided elsewhere (`serving/verify.py`).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from core.adapter import BaseIdentity
+from core.errors import ArtifactError
+from core.models.adapt import load_adapter
+from core.models.load import LoadedBase
+
+
+class AdaptedBase:
+    """`model` is the plain transformers model: what it computes depends on the last `activate`."""
+
+    def __init__(self, base: LoadedBase) -> None:
+        self.model: Any = base.model
+        self.identity: BaseIdentity = base.identity
+        self._peft: PeftModel | None = None
+        self._active: str | None = None
+
+    def load(self, folder: Path, adapter: str) -> None:
+        """Read an adapter folder onto the base under a name without dots. Raises ArtifactError, and is as before then."""
+        try:
+            self._peft = load_adapter(self._peft if self._peft is not None else self.model, folder, adapter)
+        except Exception as error:
+            self._drop(adapter)
+            if isinstance(error, ArtifactError):
+                raise
+            raise ArtifactError(f"{folder.name}: peft can't load it onto {self.identity}: {error}") from error
+        self._switch(self._active)
+
+    def unload(self, adapter: str) -> None:
+        """Take an adapter out of memory."""
+        if self._active == adapter:
+            self.activate(None)
+        self._drop(adapter)
+
+    def activate(self, adapter: str | None) -> None:
+        """Make the model compute with this adapter; None is the bare base."""
+        if adapter != self._active:
+            self._switch(adapter)
+
+    def _switch(self, adapter: str | None) -> None:
+        if self._peft is not None:
+            if adapter is None:
+                self._peft.base_model.disable_adapter_layers()
+            else:
+                self._peft.base_model.enable_adapter_layers()
+                self._peft.set_adapter(adapter, inference_mode=True)
+        self._active = adapter
+
+    def _drop(self, adapter: str) -> None:
+        if self._peft is not None and set(self._peft.peft_config) - {adapter}:
+            if adapter in self._peft.peft_config:
+                self._peft.delete_adapter(adapter)
+            self._switch(self._active)
+        else:
+            # peft changes the model in place even where it raises; a second wrap over its layers would nest them.
+            self._unwrap()
+
+    def _unwrap(self) -> None:
+        self._peft, self._active = None, None
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                parent, _, name = path.rpartition(".")
+                setattr(self.model.get_submodule(parent), name, module.get_base_layer())
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        self.model.requires_grad_(False)
+        self.model.eval()

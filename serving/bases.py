@@ -1,0 +1,83 @@
+"""Which bases an endpoint serves: from the words of STROP_BASES to weights in memory.
+
+A word is `name[:nf4|:nf4-double][:bf16|:fp16|:fp32]`. Names are resolved through the registry, so that the endpoint serves
+the weights that jobs were trained on; a word that can't be resolved stops the start, with all that is wrong at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from sqlalchemy.orm import Session
+
+from core.errors import InvalidInput, Problem
+from core.infer.adapters import AdaptedBase
+from core.infer.engine import Servable
+from core.models.load import Precision, Quantization, load_base
+from store.deployments import RegisteredModel, find_models
+
+_QUANTIZATIONS = ("nf4", "nf4-double")
+_PRECISIONS = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class WantedBase:
+    """One word of STROP_BASES, resolved."""
+
+    word: str
+    model: RegisteredModel
+    quantization: Quantization
+    precision: Precision
+
+
+def resolve_bases(session: Session, words: Sequence[str]) -> list[WantedBase]:
+    """Raises InvalidInput with every word that can't be read or names no registered model."""
+    problems: list[Problem] = []
+    parsed: list[tuple[str, str, Quantization, Precision]] = []
+    for word in words:
+        name, *options = word.split(":")
+        quantization = options.pop(0) if options and options[0] in _QUANTIZATIONS else "none"
+        precision = options.pop(0) if options and options[0] in _PRECISIONS else "auto"
+        if options or not name:
+            problems.append(Problem("bad-base", f"{word}: is not name[:nf4|:nf4-double][:bf16|:fp16|:fp32]"))
+        else:
+            parsed.append((word, name, cast(Quantization, quantization), cast(Precision, precision)))
+    found, known = find_models(session, [name for _, name, _, _ in parsed])
+    registered = ", ".join(known) or "none yet"
+    problems += [
+        Problem("unknown-model", f"{word}: no model {name} is registered (registered: {registered})")
+        for word, name, _, _ in parsed
+        if name not in found
+    ]
+    if not words:
+        problems.append(Problem("no-bases", f"it is empty: name at least one model (registered: {registered})"))
+    problems += [Problem("twice", f"{word}: named twice") for word in {w for w in words if list(words).count(w) > 1}]
+    if problems:
+        raise InvalidInput("STROP_BASES: " + "; ".join(problem.message for problem in problems), problems)
+    return [WantedBase(word, found[name], quantization, precision) for word, name, quantization, precision in parsed]
+
+
+def load_wanted(wanted: WantedBase, models_folder: Path, device: torch.device) -> Servable:
+    """Load a base and its tokenizer. Slow: seconds to minutes."""
+    folder = models_folder / wanted.model.folder
+    loaded = load_base(
+        folder,
+        name=wanted.model.name,
+        weights=wanted.model.weights,
+        quantization=wanted.quantization,
+        precision=wanted.precision,
+        device=device,
+    )
+    return Servable(AdaptedBase(loaded), None, folder)
+
+
+def limit_gpu_memory(device: torch.device, gib: float | None) -> None:
+    """Keep this process within its share of the card: `gib`, or 0.9 of it. Raises ValueError for more than there is."""
+    if device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30
+    if gib is not None and gib > total:
+        raise ValueError(f"STROP_SERVING_GPU_GIB is {gib:g}, and the card has {total:.1f} GiB")
+    torch.cuda.set_per_process_memory_fraction(0.9 if gib is None else gib / total, device)
