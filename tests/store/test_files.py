@@ -2,7 +2,6 @@
 
 import json
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ from store.files import Storage
 
 
 @pytest.fixture
-def local(tmp_path: Path) -> Iterator[Storage]:
-    yield Storage(str(tmp_path / "files"), tmp_path / "cache")
+def local(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "files"), tmp_path / "cache")
 
 
 def make(folder: Path, text: str = "x") -> Path:

@@ -57,7 +57,7 @@ def at_once(*acts: Callable[[], object]) -> list[object]:
 def test_eight_claims_of_one_job_have_one_winner(database: Database) -> None:
     for _ in range(10):
         job_id = queued_job(database)
-        claims = at_once(*(lambda n=n: take(database, job_id, f"w{n}") for n in range(8)))
+        claims = at_once(*(lambda n=n, job_id=job_id: take(database, job_id, f"w{n}") for n in range(8)))
         [winner] = [claim for claim in claims if claim is not None]
         with database.transaction() as session:
             [run] = session.scalars(select(Run).where(Run.job_id == job_id)).all()
