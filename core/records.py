@@ -64,7 +64,10 @@ class DatasetRecord(Record):
 
 
 class TokenCounts(Record):
-    """A dataset as one job trains on it: after template, tokenizer and `max_length`. Totals over all rows, held-out included."""
+    """A dataset as one job trains on it: after template, tokenizer and `max_length`, held-out rows included.
+
+    `rows` counts what was read, tokens are those of the rows kept.
+    """
 
     dataset_id: str
     rows: int

@@ -1,0 +1,48 @@
+"""Cross-entropy of a causal LM on the positions that carry loss, and on no others.
+
+The decoder runs over whole rows; the output head, whose logits are the largest tensor of small models, runs only over the
+positions whose next token is trained on. Softmax and loss are in fp32. Where even those logits are many they are made
+chunk by chunk, and again in the backward pass, so that no more than one chunk is ever held.
+"""
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from core.eval.rows import IGNORED, MicroBatch
+
+LOGITS_PER_CHUNK = 1 << 26
+"""256 MiB in fp32."""
+
+
+def trained_nats(model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nats fp32 [N], row int64 [N]): the loss of each of the batch's N trained tokens, and the row it stands in.
+
+    `model` is a causal LM of transformers, with or without peft, whose head is applied to the decoder's last hidden state
+    unscaled, as in every family of the catalogue.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = causal_lm.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    targets = batch.labels[:, 1:]
+    place = (targets != IGNORED).flatten().nonzero().squeeze(1)
+    wanted = hidden[:, :-1].flatten(0, 1).index_select(0, place)
+    labels = targets.flatten().index_select(0, place)
+    nats = _head_nats(causal_lm.get_output_embeddings(), wanted, labels, causal_lm.config.vocab_size)
+    return nats, place // targets.shape[1]
+
+
+def _head_nats(head: Any, hidden: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    def nats_of(part: torch.Tensor, part_labels: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(head(part).float(), part_labels, reduction="none")
+
+    rows = max(1, LOGITS_PER_CHUNK // vocabulary)
+    if len(labels) <= rows or not torch.is_grad_enabled():
+        parts = [nats_of(h, y) for h, y in zip(hidden.split(rows), labels.split(rows), strict=True)]
+    else:
+        parts = [
+            checkpoint(nats_of, h, y, use_reentrant=False, preserve_rng_state=False)
+            for h, y in zip(hidden.split(rows), labels.split(rows), strict=True)
+        ]
+    return torch.cat(parts)

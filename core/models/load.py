@@ -1,0 +1,119 @@
+"""Bring a base model into memory: the one loader of training, held-out evaluation and serving.
+
+Both sides of the seam call `load_base`, so the weights an adapter was trained on and those it is served on get the same
+dtypes, the same quantisation and the same attention. It knows nothing about adapters (`adapt.py`) and never reaches a
+network, a pickle or a model's own code. Walk of a job: the child's first heavy step, after the spec is read.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import bitsandbytes
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from core.adapter import BaseIdentity
+from core.errors import BadSpec
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+ComputeDtype = Literal["bf16", "fp16", "fp32"]
+Quantization = Literal["none", "nf4", "nf4-double"]
+
+DTYPES: dict[ComputeDtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen base in eval mode on its device, and who it is."""
+
+    model: Any
+    identity: BaseIdentity
+    device: torch.device
+
+
+def load_base(
+    model_folder: Path,
+    *,
+    name: str,
+    weights: str,
+    quantization: Quantization,
+    precision: Precision,
+    device: torch.device,
+) -> LoadedBase:
+    """Load a model folder with every parameter frozen, in eval mode.
+
+    `name` and `weights` are what the registry holds; they go into the identity unchecked. With `quantization` the linear
+    layers are NF4 (QLoRA, arXiv 2305.14314) and all else keeps the compute dtype: nothing is raised to fp32, which would
+    double the memory of embeddings and head. Raises BadSpec for a precision that the device lacks.
+    """
+    _silence_libraries()
+    compute = resolve_precision(precision, device)
+    dtype = DTYPES[compute]
+    options: dict[str, Any] = {}
+    if quantization != "none":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=quantization == "nf4-double",
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation="sdpa",
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+        **options,
+    )
+    _keep_cpu_gradients(model)
+    model.requires_grad_(False)
+    model.eval()
+    identity = BaseIdentity(model=name, weights=weights, quantization=quantization, compute_dtype=compute)
+    return LoadedBase(model, identity, device)
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> ComputeDtype:
+    """What `auto` means on this device: bf16 where the hardware multiplies it, else fp32.
+
+    A CPU without AVX512-BF16 or AMX emulates bf16 and is slower with it than in fp32, so it counts as lacking it. Raises
+    BadSpec for fp16 on a CPU and for bf16 on a GPU older than Ampere.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        if precision == "bf16" and not has_bf16:
+            raise BadSpec(f"memory.precision: bf16 needs an Ampere GPU or newer, not {torch.cuda.get_device_name(device)}")
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        if precision == "fp16":
+            raise BadSpec("memory.precision: fp16 needs a GPU; use auto, bf16 or fp32 on a CPU")
+    if precision == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    return precision
+
+
+def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """`auto` is the first GPU, or the CPU where there is none. Raises BadSpec when a wanted GPU is not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise BadSpec("device: a GPU was asked for and none is visible")
+    use_cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", 0) if use_cuda else torch.device("cpu")
+
+
+def _keep_cpu_gradients(model: Any) -> None:
+    # bitsandbytes repacks a 4-bit weight for inference in the first eval-mode forward on a CPU with AVX512-BF16 and never
+    # unpacks it: training then runs through a kernel without a gradient, silently and wrongly.
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _silence_libraries() -> None:
+    # Progress bars and advice of the libraries would bury what a run's log is read for.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
