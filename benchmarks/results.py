@@ -1,0 +1,64 @@
+"""Result files: benchmarks/results/<benchmark>-<device>.json, one row per (case, metric), later runs replace earlier ones.
+
+A number without its command, commit, date, device and versions is not a result, so `Results` writes them into every row.
+"""
+
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+FOLDER = Path(__file__).parent / "results"
+ROOT = FOLDER.parent.parent
+_VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+class Results:
+    """Rows of one benchmark on one device; the file is rewritten after each row, so a cut run keeps what it measured."""
+
+    def __init__(self, benchmark: str, device: str, *, folder: Path = FOLDER, commit: str | None = None) -> None:
+        """`commit` is for a copy of the tree that carries no history."""
+        self.path = folder / f"{benchmark}-{_slug(device)}.json"
+        self._benchmark, self._device = benchmark, device
+        self._facts = {
+            "command": " ".join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+            "commit": commit or _commit(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "device": device,
+            "versions": {name: importlib.metadata.version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+        }
+
+    def add(
+        self,
+        case: str,
+        metric: str,
+        value: float,
+        unit: str,
+        *,
+        better: Literal["higher", "lower"],
+        n: int = 1,
+        spread: float | None = None,
+        must: float | None = None,
+        aim: float | None = None,
+    ) -> None:
+        """Store one number. `spread` is half the distance of the quartiles over `n` repetitions."""
+        row: dict[str, Any] = {"case": case, "metric": metric, "value": value, "unit": unit, "better": better}
+        row |= {"must": must, "aim": aim, "n": n, "spread": spread} | self._facts
+        rows = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+        rows = [old for old in rows if (old["case"], old["metric"]) != (case, metric)] + [row]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({"benchmark": self._benchmark, "rows": rows}, indent=1) + "\n")
+        print(f"{case:32} {metric:28} {value:12.3f} {unit}", flush=True)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _commit() -> str:
+    return subprocess.check_output(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, text=True).strip()
