@@ -39,8 +39,6 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
 CMD ["uvicorn", "api.app:create_app", "--factory", "--host", "0.0.0.0", "--port", "8000", "--timeout-graceful-shutdown", "10"]
 
 FROM python AS prepare
-# SIGTERM drains instead of waiting for the task without limit.
-ENV REMAP_SIGTERM=SIGQUIT
 COPY --from=build-prepare /opt/strop /opt/strop
 COPY --from=build-prepare /app /app
 USER 10001:10001

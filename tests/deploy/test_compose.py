@@ -20,9 +20,9 @@ IMAGES = {"Dockerfile": ("api", "prepare"), "Dockerfile.gpu": ("worker", "servin
 FOREIGN_NAMES = {
     *("PATH", "TMPDIR", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"),
     *("POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD_FILE", "POSTGRES_INITDB_ARGS"),
-    *("REMAP_SIGTERM", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
+    *("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
 }
-"""Variables of Python, PostgreSQL, Celery and torch; every other one must be a setting."""
+"""Variables of Python, PostgreSQL and torch; every other one must be a setting."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_every_environment_name_is_a_setting(compose: dict[str, Any]) -> None:
     names |= set(re.findall(r"^#?([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.M))
     for file in IMAGES:
         names |= set(re.findall(r"^(?:ENV | {4})([A-Z_]+)=", (ROOT / file).read_text(), re.M))
-    assert {"DATABASE_URL", "STROP_BASES", "STROP_HOME", "REMAP_SIGTERM"} <= names
+    assert {"DATABASE_URL", "STROP_BASES", "STROP_HOME"} <= names
     assert names - settings - FOREIGN_NAMES == set()
 
 

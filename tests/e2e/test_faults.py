@@ -92,7 +92,7 @@ def test_a_bell_lost_while_the_only_worker_is_busy_is_rung_again(
         busy = service.submit(tiny_spec(dataset_id, schedule={"kind": "linear", "epochs": 100}))["id"]
         service.job_at_step(busy, 1)
         waiting = service.submit(tiny_spec(dataset_id, schedule={"kind": "constant", "max_steps": 1}))["id"]
-        assert service.job(waiting)["status"] == "queued"
+        until(lambda: service.job(waiting)["status"] == "queued", "the tokens")
         with redis_client(stack) as client:
             client.flushall()
 
@@ -116,7 +116,7 @@ def test_a_job_survives_the_loss_of_all_of_redis_between_submit_and_claim(
     for name in workers:
         stack.processes[name].stop()
     job_id = service.submit(tiny_spec(dataset_id, schedule={"kind": "constant", "max_steps": 3}))["id"]
-    assert service.job(job_id)["status"] == "queued"
+    until(lambda: service.job(job_id)["status"] == "queued", "the tokens")
     assert stack.redis is not None
     stack.kill("redis")
     for entry in Path(stack.home / "redis").iterdir():
