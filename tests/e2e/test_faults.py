@@ -121,9 +121,10 @@ def test_a_job_survives_the_loss_of_all_of_redis_between_submit_and_claim(
     stack.kill("redis")
     for entry in Path(stack.home / "redis").iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    stack.restart("redis")
+    stack.redis.start()
     for name in workers:
-        stack.restart(name)
+        stack.processes[name].start()
+    stack.wait_until_ready()
     ended = service.ended_job(job_id)
     assert ended["status"] == "succeeded"
     assert [metric["step"] for metric in service.metrics(job_id) if "loss" in metric] == [1, 2, 3]
