@@ -26,7 +26,7 @@ class Results:
         self.path = folder / f"{benchmark}-{_slug(device)}.json"
         self._benchmark, self._device = benchmark, device
         self._facts = {
-            "command": " ".join(["python", "-m", f"benchmarks.{benchmark}", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", f"benchmarks.{benchmark}", *_asked()]),
             "commit": commit or _commit(),
             "date": datetime.now(UTC).date().isoformat(),
             "device": device,
@@ -54,6 +54,16 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({"benchmark": self._benchmark, "rows": rows}, indent=1) + "\n")
         print(f"{case:32} {metric:28} {value:12.3f} {unit}", flush=True)
+
+
+def _asked() -> list[str]:
+    """The arguments that decide what is measured: where its file goes is not one."""
+    asked = sys.argv[1:]
+    for option in ("--out", "--commit"):
+        if option in asked:
+            at = asked.index(option)
+            del asked[at : at + 2]
+    return asked
 
 
 def _slug(text: str) -> str:
