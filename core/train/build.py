@@ -26,7 +26,7 @@ from core.run import RunInput
 from core.spec import FullTuning, JobSpec, LoraTuning, Nf4Quantization, ScheduleSpec
 from core.train.batches import TrainingRows, WeightedRows
 from core.train.device import make_accelerator, seed_everything
-from core.train.losses import sft_loss
+from core.train.losses import LOSSES
 from core.train.optim import build_optimizer
 
 _EXAMPLE_TOKENS = 256
@@ -99,7 +99,7 @@ def build_training(run: RunInput) -> Training:
         accelerator=accelerator,
         optimizer=optimizer,
         rows=rows,
-        loss=sft_loss,
+        loss=LOSSES[spec.objective.kind],
         schedule=spec.schedule,
         total_steps=total_steps,
         learning_rate=spec.optim.learning_rate,

@@ -16,3 +16,7 @@ def sft_loss(model: Any, batch: MicroBatch) -> tuple[torch.Tensor, int]:
     """(summed nats fp32, trained tokens): next-token cross-entropy on the tokens whose mask is 1."""
     nats, _ = trained_nats(model, batch)
     return nats.sum(), batch.trained_tokens
+
+
+LOSSES = {"sft": sft_loss}
+"""Kind of an objective (core.spec) -> its loss."""

@@ -11,7 +11,7 @@ from worker.failures import judge, last_error, tidy
     ("line", "short"),
     [
         ("no file /srv/app/data/x.json here", "no file x.json here"),
-        ("at '/root/.cache/hub/model': gone", "at 'model': gone"),
+        ("at '/srv/cache/hub/model': gone", "at 'model': gone"),
         ("see https://example.org/a/b", "see https://example.org/a/b"),
         ("a/b and 1/2", "a/b and 1/2"),
         ("nul \0 is gone", "nul \ufffd is gone"),
