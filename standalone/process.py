@@ -1,7 +1,7 @@
 """One process of the stack: its command, its log, its end. Knows nothing of what the process does.
 
 Every process is a session of its own (a Ctrl-C reaches only the supervisor, which stops the rest in order), writes to one
-log file, and is sent a signal by the kernel when the supervisor dies, however it dies (standalone/child.py).
+log file, and is sent a signal by the kernel when the supervisor dies, however it dies (store/bound.py).
 """
 
 import contextlib
@@ -14,7 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_CHILD = Path(__file__).with_name("child.py")
+from store import bound
+
 _LAST_LINES = 20
 _KILL_SECONDS = 10.0
 
@@ -67,7 +68,7 @@ class Process:
         return None if self._process is None else self._process.poll()
 
     def start(self) -> None:
-        wrapper = [sys.executable, "-I", "-S", str(_CHILD), self.stop_signal.name, str(os.getpid()), self.user or "-"]
+        wrapper = [sys.executable, "-I", "-S", bound.__file__, self.stop_signal.name, str(os.getpid()), self.user or "-"]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [*wrapper, *self.command],

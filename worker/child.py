@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import core
+from store import bound
 
 LOG_LIMIT_BYTES = 8 << 20
 """What a log holds of the child's output; the rest is read and dropped, so that the child never blocks on it."""
 
-_LAUNCH = Path(__file__).with_name("launch.py")
 _IMPORT_ROOT = Path(str(core.__file__)).resolve().parents[1]
 _TAIL_BYTES = 8 << 10
 _INHERITED = (
@@ -58,7 +58,7 @@ class Child:
     def __init__(self, command: Sequence[str], *, log: Path, pass_fds: Sequence[int] = ()) -> None:
         inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_LAUNCH), str(os.getpid()), *command],
+            [sys.executable, "-I", "-S", bound.__file__, signal.SIGKILL.name, str(os.getpid()), "-", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

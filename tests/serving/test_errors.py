@@ -1,11 +1,11 @@
 """Every error of every route in the one shape that OpenAI's clients read."""
 
+import asyncio
 from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
-from fastapi.testclient import TestClient
 
 from core.errors import InvalidInput
 from serving.app import create_app
@@ -192,6 +192,12 @@ def test_a_lost_database_is_503_with_a_time_to_come_back(service: Service) -> No
 )
 def test_an_endpoint_without_its_bases_refuses_to_start(prepared: Service, bases: tuple[str, ...], sentence: str) -> None:
     settings: Settings = prepared.settings.model_copy(update={"bases": bases})
-    with pytest.raises(InvalidInput) as refused, TestClient(create_app(settings)):
-        pass
+    app = create_app(settings)
+
+    async def start() -> None:
+        async with app.router.lifespan_context(app):
+            raise AssertionError("it started")
+
+    with pytest.raises(InvalidInput) as refused:
+        asyncio.run(start())
     assert sentence in refused.value.detail

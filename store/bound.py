@@ -1,8 +1,9 @@
-"""Becomes another program, after binding its life to its parent's: `child.py SIGNAL PARENT_PID USER PROGRAM ARGS...`
+"""Becomes another program, after binding its life to its parent's: `bound.py SIGNAL PARENT_PID USER PROGRAM ARGS...`
 
-Started by standalone/process.py by its path, before any of our packages can be imported, so it uses the standard library
-alone. It drops root for USER (`-`: stays as it is), asks the kernel for SIGNAL when the parent dies, and execs PROGRAM.
-A `preexec_fn` could do the same, but runs Python in a forked copy of a threaded process, which may hang.
+Every process that strop starts is started through it: the supervisor's children (SIGKILL: whatever they are and however deep
+in native code they hang) and the parts of the one-machine stack. It drops root for USER (`-`: stays as it is), asks the kernel
+for SIGNAL when the parent dies, and execs PROGRAM. Run by its path in an isolated interpreter (`-I -S`), so it uses the standard
+library alone. A `preexec_fn` could do the same, but runs Python in a forked copy of a threaded process, which may hang.
 
 The kernel means the *thread* that started the child: start children from a thread that lives as long as they should.
 """
