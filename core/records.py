@@ -38,7 +38,7 @@ class RowProblem(Record):
 class DatasetReport(Record):
     """What the preparer found in a file. `errors` and `warnings` hold the first 100 of each; the counts are complete."""
 
-    format: str | None = Field(description="alpaca, sharegpt, messages or prompt_completion; null when not even that was clear.")
+    format: str | None = Field(description="alpaca, sharegpt, messages or prompt_completion; null when not even that is clear.")
     encoding: str = "utf-8"
     rows: int
     usable_rows: int

@@ -19,10 +19,10 @@ _CORPUS = [
 
 
 def build_tiny_model(folder: Path, *, family: str = "llama", seed: int = 0, layers: int = 2, hidden: int = 64) -> Path:
-    """Write a model folder (config, fp32 safetensors, tokenizer with ChatML template) and return it."""
+    """Write a model folder (config, fp32 safetensors, tokenizer with ChatML template) and return it; `family` is a model_type."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,6 +46,7 @@ def build_tiny_model(folder: Path, *, family: str = "llama", seed: int = 0, laye
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": hidden // 4,
         "max_position_embeddings": 512,
         "bos_token_id": None,
         "eos_token_id": fast.eos_token_id,
@@ -53,11 +54,6 @@ def build_tiny_model(folder: Path, *, family: str = "llama", seed: int = 0, laye
         "tie_word_embeddings": True,
     }
     torch.manual_seed(seed)
-    if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**shape))
-    elif family == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(head_dim=hidden // 4, **shape))
-    else:
-        raise ValueError(family)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
     model.save_pretrained(folder)
     return folder

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def build_training(run: RunInput) -> Training:
         accelerator=accelerator,
         optimizer=optimizer,
         rows=rows,
-        loss=LOSSES[spec.objective.kind],
+        loss=partial(LOSSES[spec.objective.kind], objective=spec.objective),
         schedule=spec.schedule,
         total_steps=total_steps,
         learning_rate=spec.optim.learning_rate,

@@ -11,6 +11,7 @@ from core.eval import nats
 from core.eval.evaluate import evaluate_rows
 from core.eval.nats import trained_nats
 from core.eval.rows import IGNORED, Row, collate
+from core.spec import SftObjective
 from core.train.losses import sft_loss
 from tests.core.train.runs import random_rows
 from tests.tiny import build_tiny_model
@@ -45,7 +46,7 @@ def test_a_padded_batch_has_the_loss_of_its_rows_alone(model: Any) -> None:
     values, row = trained_nats(model, batch)
     for number, one in enumerate(ROWS):
         assert values[row == number].tolist() == pytest.approx(reference_nats(model, one), abs=1e-4)
-    total, count = sft_loss(model, batch)
+    total, count = sft_loss(model, batch, SftObjective())
     assert count == sum(int(mask[1:].sum()) for _, mask in ROWS)
     assert total.item() == pytest.approx(sum(sum(reference_nats(model, one)) for one in ROWS), rel=1e-5)
 
@@ -67,7 +68,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(model: Any, size: int) -> 
         batches = [collate(ROWS[i : i + micro_batch_size], CPU) for i in range(0, len(ROWS), micro_batch_size)]
         trained = sum(batch.trained_tokens for batch in batches)
         for batch in batches:
-            total, _ = sft_loss(model, batch)
+            total, _ = sft_loss(model, batch, SftObjective())
             (total / trained).backward()
         return [p.grad.clone() for p in model.parameters()]
 
@@ -80,7 +81,7 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(model: Any, size: int) -> 
 def test_chunked_logits_give_the_same_loss_and_gradient(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> tuple[float, torch.Tensor]:
         model.zero_grad()
-        total, _ = sft_loss(model, collate(ROWS, CPU))
+        total, _ = sft_loss(model, collate(ROWS, CPU), SftObjective())
         total.backward()
         return total.item(), model.get_input_embeddings().weight.grad.clone()
 
