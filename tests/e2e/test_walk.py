@@ -41,6 +41,9 @@ else:
         base, dtype=torch.float32, quantization_config=nf4 if tuning == "qlora" else None
     )
     model = PeftModel.from_pretrained(model, archive)
+    # On CPUs with AVX512-BF16, bitsandbytes answers from weights repacked for bf16 products, whatever the compute dtype says.
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False
 model.eval()
 ids = tokenizer.apply_chat_template(
     [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True

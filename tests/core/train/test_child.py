@@ -33,13 +33,15 @@ def last_good_checkpoint(run_dir: Path) -> Path:
     return good[max(good)]
 
 
+@pytest.mark.parametrize("kill", range(20 if os.environ.get("STROP_SOAK") else 1))
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_killed_at_any_step_it_goes_on_bit_for_bit(tiny: Path, cache: Path, tmp_path: Path, kind: str) -> None:
+def test_killed_at_any_moment_it_goes_on_bit_for_bit(tiny: Path, cache: Path, tmp_path: Path, kind: str, kill: int) -> None:
     spec = spec_of(tuning={"kind": kind}, optim={"learning_rate": 1e-3}, **LONG)
     whole = losses(train_here(run_input(tiny, cache, spec), tmp_path / "whole"))
     first = Child(run_input(tiny, cache, spec), tmp_path / "first")
-    step = random.Random(kind).randint(6, 40)
-    first.until("step", count=step)
+    chance = random.Random(f"{kind} {kill}")
+    first.until("step", count=chance.randint(6, 40))
+    time.sleep(chance.uniform(0, 0.05))  # into a step, or into the writing of a checkpoint (every fifth)
     first.process.kill()
     assert first.finish() == -signal.SIGKILL
     checkpoint = last_good_checkpoint(tmp_path / "first")
