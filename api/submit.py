@@ -11,7 +11,7 @@ from core.errors import InvalidInput, NotFound, Problem
 from core.plan import check_spec, plan
 from core.records import DatasetReport, PlanRecord, TokenCounts
 from core.run import token_key
-from core.spec import JobSpec
+from core.spec import DATA_KINDS, JobSpec
 from core.states import DatasetStatus
 from store import datasets, models, nodes
 from store.tables import Dataset, Model, TokenCache
@@ -44,7 +44,7 @@ def check_submission(session: Session, project_id: str, spec: JobSpec) -> Submis
         message = f"There is no model {spec.base_model}; registered: {listed}"
         problems.append(Problem("unknown-model", message, pointer="/base_model"))
     else:
-        problems += check_spec(spec, architecture=model.architecture, context_length=model.context_length)
+        problems += check_spec(spec, architecture=model.architecture, context_length=model.context_length, config=model.config)
     if spec.adapter_name is not None and any(known.name == spec.adapter_name for known in models.list_models(session)):
         message = f"{spec.adapter_name} is the name of a model; an adapter needs another"
         problems.append(Problem("name-taken", message, pointer="/adapter_name"))
@@ -81,8 +81,12 @@ def _dataset_problems(spec: JobSpec, found: dict[str, Dataset]) -> list[Problem]
             problems.append(Problem("failed-dataset", message, pointer=pointer))
         else:
             report = None if dataset.report is None else DatasetReport.model_validate(dataset.report)
+            wrong = None if report is None else report.wrong_kind(ref.dataset_id, spec.objective)
+            if wrong is not None:
+                problems.append(Problem("wrong-data-kind", wrong, pointer=pointer))
             usable.append(None if report is None else report.usable_rows)
-    known = [rows for rows in usable if rows is not None]
+    # How many examples a text makes is not known before it is tokenised.
+    known = [rows for rows in usable if rows is not None and DATA_KINDS[spec.objective.kind] != "text"]
     if not problems and len(known) == len(spec.data.datasets) and sum(known) <= spec.data.eval_rows:
         message = f"{spec.data.eval_rows} rows held out of {sum(known)} leave none to train on"
         problems.append(Problem("too-few-rows", message, pointer="/data/eval_rows"))

@@ -21,8 +21,16 @@ _VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 class Results:
     """Rows of one benchmark on one device; the file is rewritten after each row, so a cut run keeps what it measured."""
 
-    def __init__(self, benchmark: str, device: str, *, folder: Path = FOLDER, commit: str | None = None) -> None:
-        """`commit` is for a copy of the tree that carries no history."""
+    def __init__(
+        self,
+        benchmark: str,
+        device: str,
+        *,
+        folder: Path = FOLDER,
+        commit: str | None = None,
+        versions: dict[str, str] | None = None,
+    ) -> None:
+        """`commit` is for a copy of the tree that carries no history, `versions` for what runs in another environment."""
         self.path = folder / f"{benchmark}-{_slug(device)}.json"
         self._benchmark, self._device = benchmark, device
         self._facts = {
@@ -30,7 +38,9 @@ class Results:
             "commit": commit or _commit(),
             "date": datetime.now(UTC).date().isoformat(),
             "device": device,
-            "versions": {name: importlib.metadata.version(name) for name in _VERSIONS} | {"python": platform.python_version()},
+            "versions": {name: importlib.metadata.version(name) for name in _VERSIONS}
+            | {"python": platform.python_version()}
+            | (versions or {}),
         }
 
     def add(
@@ -55,11 +65,22 @@ class Results:
         self.path.write_text(json.dumps({"benchmark": self._benchmark, "rows": rows}, indent=1) + "\n")
         print(f"{case:32} {metric:28} {value:12.3f} {unit}", flush=True)
 
+    def curve_path(self, case: str) -> Path:
+        """Where `curve` stores a case."""
+        return self.path.parent / "curves" / f"{self.path.stem}-{case}.json"
+
+    def curve(self, case: str, series: dict[str, Any]) -> None:
+        """Store what a case measured step by step: lists of equal length, and what they belong to."""
+        path = self.curve_path(case)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in (self._facts | {"case": case} | series).items()]
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
 
 def _asked() -> list[str]:
-    """The arguments that decide what is measured: where its file goes is not one."""
-    asked = sys.argv[1:]
-    for option in ("--out", "--commit"):
+    """The arguments that decide what is measured: where its file goes is not one, nor where on a machine its inputs lie."""
+    asked = [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]
+    for option in ("--out", "--commit", "--peer-python"):
         if option in asked:
             at = asked.index(option)
             del asked[at : at + 2]

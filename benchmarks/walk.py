@@ -17,42 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import FOLDER, ROOT, Results
+from benchmarks.shapes import SHAPES
 from standalone.stack import Stack
 from tests.e2e.service import Service
 
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"layers": 2, "hidden": 64},
-    "llama-1.1b": {"layers": 22, "hidden": 2048},
-}
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"tuning": {"kind": "lora", "rank": 16, "alpha": 32}},
     "qlora": {"tuning": {"kind": "lora", "rank": 16, "alpha": 32}, "quantization": {"kind": "nf4"}},
     "full": {"tuning": {"kind": "full"}, "optim": {"learning_rate": 2e-5}},
 }
-_BUILD = """
-import sys
-from pathlib import Path
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from tests.tiny import build_tiny_model
-
-shape, folder = sys.argv[1], Path(sys.argv[2])
-build_tiny_model(folder)
-if shape == "llama-1.1b":
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-        num_key_value_heads=4, max_position_embeddings=2048, bos_token_id=None, eos_token_id=2, pad_token_id=0,
-        tie_word_embeddings=False, dtype="bfloat16",
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        torch.set_default_dtype(torch.bfloat16)
-        LlamaForCausalLM(config).save_pretrained(folder)
-if torch.cuda.is_available():
-    print(torch.cuda.get_device_name())
-else:
-    print("CPU with", torch.get_num_threads(), "threads")
-"""
 
 
 def main() -> None:
@@ -65,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="strop-walk-") as folder:
         home = Path(folder)
         model = home / "models" / arguments.shape
-        build = [sys.executable, "-W", "ignore", "-c", _BUILD, arguments.shape, str(model)]
+        build = [sys.executable, "-W", "ignore", "-m", "benchmarks.shapes", arguments.shape, str(model)]
         device = subprocess.run(build, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip().splitlines()[-1]
         results = Results("walk", device, folder=arguments.out, commit=arguments.commit)
         began = time.monotonic()

@@ -8,6 +8,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Quantization = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double", "int8"]
+"""How frozen linear weights are held: as they are, in 4-bit blocks (with `double`, their scales in 8 bit), or in 8 bit."""
+
 ADAPTER_KIND = "adapter"
 """`kind` in the manifest of an adapter folder."""
 
@@ -25,7 +28,7 @@ class BaseIdentity(BaseModel):
 
     model: str = Field(description="The registered name, for people; not part of the comparison.")
     weights: str
-    quantization: Literal["none", "nf4", "nf4-double"] = "none"
+    quantization: Quantization = "none"
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
 
     def matches(self, other: "BaseIdentity") -> bool:
@@ -44,12 +47,12 @@ class AdapterFacts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tuning: Literal["lora", "full"]
+    tuning: Literal["lora", "mora", "full"]
     base: BaseIdentity
     job_id: str
     attempt: int
     step: int
-    rank: int | None = Field(description="LoRA rank; null for a full model.")
+    rank: int | None = Field(description="Largest LoRA rank in the folder; null for a full model.")
     template: str = Field(description="Digest of the chat template it was trained with.")
     eval_loss: float | None
 

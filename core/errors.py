@@ -14,6 +14,8 @@
       ArtifactError          a folder does not match its manifest
       RunError               what a training child may end with; carries the Reason
         BadSpec, BadData, NoTrainableTokens, Diverged, CudaOutOfMemory, Stopped
+        Doomed               nothing good can come of further steps; knows the first bad one
+          LossIsZero, GradientExploded, LossStuck
 
 A new error is a class here, and a line in `api/errors.py` when it gets a status of its own.
 """
@@ -121,6 +123,26 @@ class NoTrainableTokens(RunError):
 
 class Diverged(RunError):
     reason = Reason.NUMERICAL_DIVERGENCE
+
+
+class Doomed(RunError):
+    """A run whose further steps are wasted. `since` is the first step of what was wrong."""
+
+    def __init__(self, message: str, since: int) -> None:
+        super().__init__(message)
+        self.since = since
+
+
+class LossIsZero(Doomed):
+    reason = Reason.LOSS_IS_ZERO
+
+
+class GradientExploded(Doomed):
+    reason = Reason.GRADIENT_EXPLOSION
+
+
+class LossStuck(Doomed):
+    reason = Reason.LOSS_DOES_NOT_MOVE
 
 
 class CudaOutOfMemory(RunError):

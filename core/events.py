@@ -33,6 +33,8 @@ class Started(_Event):
     eval_rows: int
     trainable_parameters: int
     total_parameters: int
+    tier: Literal["plain", "packed"] = Field(default="plain", description="packed: rows end to end, without padding.")
+    tier_reason: str = Field(default="", description="Why this tier, for people.")
     example: list[tuple[str, bool]] = Field(description="The first row as it is trained: (text, carries loss) pieces.")
 
 
@@ -47,11 +49,13 @@ class Step(_Event):
     kind: Literal["step"] = "step"
     step: int
     epoch: float
-    loss: float = Field(description="Mean nats per trained token over the whole step.")
+    loss: float = Field(description="Mean over the whole step: nats per trained token, or the loss per preference.")
     learning_rate: float
     grad_norm: float = Field(description="Global norm before clipping.")
     tokens: int = Field(description="Non-padding tokens of the step.")
     trained_tokens: int
+    reward_accuracy: float | None = Field(default=None, description="Preferences: share of pairs whose chosen answer gains more.")
+    reward_margin: float | None = Field(default=None, description="Preferences: mean gain of chosen over rejected answers.")
     tokens_per_second: float
     step_seconds: float
     eta_seconds: float
@@ -62,14 +66,42 @@ class Step(_Event):
 
 
 class Evaluation(_Event):
-    """Held-out loss after `step` optimizer steps; step 0 is the model before training."""
+    """Held-out loss, and what else is measured, after `step` optimizer steps; step 0 is the model before training.
+
+    Null is what this job does not measure, or what was not measured yet when the event was written.
+    """
 
     kind: Literal["eval"] = "eval"
     step: int
-    eval_loss: float = Field(description="Mean nats per trained token over all held-out rows.")
-    eval_perplexity: float
+    eval_loss: float = Field(description="As the loss of a step, over all held-out rows.")
+    eval_perplexity: float | None = Field(default=None, description="e to the eval_loss; null for preferences.")
     eval_trained_tokens: int
-    row_losses: list[tuple[float, int]] = Field(description="Per held-out row, in order: (summed nats, trained tokens).")
+    eval_reward_accuracy: float | None = None
+    eval_reward_margin: float | None = None
+    eval_exact_match: float | None = Field(default=None, description="Share of answers equal to their reference, 0 to 1.")
+    eval_bleu: float | None = Field(default=None, description="Corpus BLEU of the answers by sacrebleu, 0 to 100.")
+    eval_rouge_l: float | None = Field(default=None, description="Mean F1 of the longest common subsequence of words, 0 to 1.")
+    row_losses: list[tuple[float, int]] = Field(description="Per held-out row, in order: (summed loss, terms).")
+
+
+class Answer(BaseModel):
+    """What the model says to a prompt. Long texts are cut, and an ellipsis stands for what was."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str
+    text: str
+    reference: str | None = Field(description="The answer that stands in the data; null for a prompt of the panel.")
+    finish_reason: Literal["stop", "length"]
+
+
+class Answered(_Event):
+    """Answers of the model as it is after `step` steps, greedy, to the job's panel or to the first held-out prompts."""
+
+    kind: Literal["answers"] = "answers"
+    step: int
+    source: Literal["panel", "held_out"]
+    answers: list[Answer]
 
 
 class CheckpointWritten(_Event):
@@ -111,13 +143,13 @@ class StatusChanged(_Event):
 
 
 ChildEvent = Annotated[
-    Started | PhaseChanged | Step | Evaluation | CheckpointWritten | AdapterWritten | Warned | Ended,
+    Started | PhaseChanged | Step | Evaluation | Answered | CheckpointWritten | AdapterWritten | Warned | Ended,
     Field(discriminator="kind"),
 ]
 """What a training child may say."""
 
 TrainEvent = Annotated[
-    Started | PhaseChanged | Step | Evaluation | CheckpointWritten | AdapterWritten | Warned | Ended | StatusChanged,
+    Started | PhaseChanged | Step | Evaluation | Answered | CheckpointWritten | AdapterWritten | Warned | Ended | StatusChanged,
     Field(discriminator="kind"),
 ]
 """What a job's history may hold."""
@@ -133,6 +165,8 @@ METRICS: dict[str, tuple[str, ...]] = {
         "grad_norm",
         "tokens",
         "trained_tokens",
+        "reward_accuracy",
+        "reward_margin",
         "tokens_per_second",
         "step_seconds",
         "eta_seconds",
@@ -141,7 +175,16 @@ METRICS: dict[str, tuple[str, ...]] = {
         "peak_allocated_gib",
         "rss_gib",
     ),
-    "eval": ("eval_loss", "eval_perplexity", "eval_trained_tokens"),
+    "eval": (
+        "eval_loss",
+        "eval_perplexity",
+        "eval_trained_tokens",
+        "eval_reward_accuracy",
+        "eval_reward_margin",
+        "eval_exact_match",
+        "eval_bleu",
+        "eval_rouge_l",
+    ),
 }
 """Event kind -> its fields that are curves over `step`, as `GET /jobs/{id}/metrics` names them."""
 

@@ -6,14 +6,26 @@ closed form: it counts what a step holds at its peak and knows nothing of fragme
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from core.catalog import FAMILIES
+from core.catalog import FAMILIES, REMOTE_CODE, can_pack
 from core.errors import Problem
 from core.records import MemoryEstimate, PlanRecord, TokenCounts
-from core.spec import FullTuning, JobSpec, LoraTuning, Nf4Quantization, ScheduleSpec
+from core.spec import (
+    DATA_KINDS,
+    Fp4Quantization,
+    FullTuning,
+    Int8Quantization,
+    JobSpec,
+    LoraTuning,
+    MoraTuning,
+    Nf4Quantization,
+    Quantization,
+    ScheduleSpec,
+)
+from core.tuning import Shapes, adapter_parameters, tuning_problems
 
 GIB = 1 << 30
 _LOGITS_AT_ONCE = 1 << 26
@@ -22,8 +34,10 @@ _LOGITS_AT_ONCE = 1 << 26
 _OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 2 + 2 * 4 / 256}
 """Two states per trained parameter: fp32, or one byte each and an fp32 scale per block of 256 (arXiv 2110.02861)."""
 
-_NF4_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
+_4BIT_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Four bits, and a scale per block of 64: fp32, or quantised itself in blocks of 256 (arXiv 2305.14314)."""
+
+_MLP_MODULES = frozenset({"gate_proj", "up_proj", "gate_up_proj", "down_proj", "fc1", "fc2"})
 
 
 @dataclass(frozen=True)
@@ -36,23 +50,28 @@ class ModelShape:
     vocabulary: int
     linear: dict[str, tuple[int, int]]
     """Leaf name -> (inputs, outputs) of the linear modules in every layer."""
+    tied_embeddings: bool = False
+    """Input embedding and output head are one matrix."""
 
 
-def check_spec(spec: JobSpec, *, architecture: str, context_length: int) -> list[Problem]:
+def check_spec(spec: JobSpec, *, architecture: str, context_length: int, config: dict[str, Any]) -> list[Problem]:
     """Every reason why this model can't do what the spec asks; empty when it can. Ranges are the spec's own business."""
     problems = []
     if spec.data.max_length > context_length:
         message = f"{spec.base_model} reads at most {context_length} tokens, not {spec.data.max_length}"
         problems.append(Problem("max-length-exceeds-context", message, pointer="/data/max_length"))
-    if isinstance(spec.tuning, LoraTuning) and spec.tuning.target_modules != "all-linear":
-        known = FAMILIES[architecture].linear_modules
-        if not spec.tuning.target_modules:
-            message = f"name at least one of: {', '.join(known)}"
-            problems.append(Problem("no-target-modules", message, pointer="/tuning/target_modules"))
-        for number, name in enumerate(spec.tuning.target_modules):
-            if name not in known:
-                message = f"{spec.base_model} has no linear module {name}; it has: {', '.join(known)}"
-                problems.append(Problem("unknown-target-module", message, pointer=f"/tuning/target_modules/{number}"))
+    if not isinstance(spec.tuning, FullTuning):
+        shape = model_shape(architecture, config)
+        unknown = _unknown_targets(spec.base_model, spec.tuning, list(shape.linear))
+        problems += unknown
+        if not unknown and architecture in FAMILIES:  # the paths of others are known to the child alone
+            problems += tuning_problems(spec.tuning, _targets(shape, spec.tuning))
+    elif architecture not in FAMILIES:
+        message = f"{spec.base_model} brings its own code, which a fully tuned model would need beside it: use LoRA"
+        problems.append(Problem("remote-code-full-tuning", message, pointer="/tuning/kind"))
+    obstacle = can_pack(architecture, config, spec.data.max_length)
+    if spec.batch.packing == "on" and obstacle is not None:
+        problems.append(Problem("packing-impossible", f"{spec.base_model}: {obstacle}", pointer="/batch/packing"))
     if spec.eval.every_steps is not None and not spec.data.eval_rows:
         message = "there is nothing to evaluate on: set data.eval_rows"
         problems.append(Problem("no-eval-rows", message, pointer="/eval/every_steps"))
@@ -83,12 +102,13 @@ def plan(
     trainable = trainable_parameters(spec, shape, parameters)
     train_rows = eval_rows = steps = None
     if counts is not None:
-        usable = [c.rows - c.rows_without_target for c in counts]
-        eval_rows = min(spec.data.eval_rows, sum(usable))
-        train_rows = sum(usable) - eval_rows
+        usable = sum(c.examples for c in counts)
+        eval_rows = min(spec.data.eval_rows, usable)
+        train_rows = usable - eval_rows
         steps = _steps(spec, counts, eval_rows) if train_rows else 0
     longest = spec.data.max_length if counts is None else min(spec.data.max_length, max(c.longest for c in counts))
-    memory = estimate_memory(spec, shape, parameters, trainable, spec.batch.micro_batch_size * longest)
+    sequences = 2 if DATA_KINDS[spec.objective.kind] == "preference" else 1  # both answers of a pair are in memory at once
+    memory = estimate_memory(spec, shape, parameters, trainable, spec.batch.micro_batch_size * sequences * longest)
     fits = None if budget_gib is None else memory.total_gib <= budget_gib
     return PlanRecord(
         ready=counts is not None,
@@ -112,7 +132,11 @@ def count_steps(rows_per_epoch: int, rows_per_step: int, schedule: ScheduleSpec)
 
 
 def model_shape(architecture: str, config: dict[str, Any]) -> ModelShape:
-    """Read the shape of a decoder out of its config.json."""
+    """Read the shape of a decoder out of its config.json, or out of what registration found stored of an unknown one."""
+    if architecture not in FAMILIES:
+        stored = config[REMOTE_CODE]["shape"]
+        linear = {name: (inputs, outputs) for name, (inputs, outputs) in stored["linear"].items()}
+        return ModelShape(stored["hidden"], stored["intermediate"], stored["layers"], stored["vocabulary"], linear)
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     head_size = config.get("head_dim") or hidden // heads
@@ -126,18 +150,25 @@ def model_shape(architecture: str, config: dict[str, Any]) -> ModelShape:
         "up_proj": (hidden, intermediate),
         "gate_up_proj": (hidden, 2 * intermediate),
         "down_proj": (intermediate, hidden),
+        "qkv_proj": (hidden, queries + 2 * keys),
+        "dense": (queries, hidden),
+        "fc1": (hidden, intermediate),
+        "fc2": (intermediate, hidden),
     }
-    linear = {name: sizes[name] for name in FAMILIES[architecture].linear_modules}
-    return ModelShape(hidden, intermediate, config["num_hidden_layers"], config["vocab_size"], linear)
+    family = FAMILIES[architecture]
+    linear = {name: sizes[name] for name in family.linear_modules}
+    tied = config.get("tie_word_embeddings", family.tied_embeddings)
+    return ModelShape(hidden, intermediate, config["num_hidden_layers"], config["vocab_size"], linear, tied)
 
 
 def trainable_parameters(spec: JobSpec, shape: ModelShape, parameters: int) -> int:
-    """All of them, or rank · (inputs + outputs) for each module LoRA stands on."""
+    """All of them; or those of the adapter, and of embedding and head where these are trained beside it."""
     if isinstance(spec.tuning, FullTuning):
         return parameters
-    wanted = spec.tuning.target_modules
-    names = shape.linear if wanted == "all-linear" else dict.fromkeys(wanted)
-    return shape.layers * spec.tuning.rank * sum(sum(shape.linear[name]) for name in names)
+    adapter = adapter_parameters(spec.tuning, _targets(shape, spec.tuning))
+    if isinstance(spec.tuning, LoraTuning) and spec.tuning.train_embeddings:
+        return adapter + (1 if shape.tied_embeddings else 2) * shape.vocabulary * shape.hidden
+    return adapter
 
 
 def estimate_memory(spec: JobSpec, shape: ModelShape, parameters: int, trainable: int, tokens: int) -> MemoryEstimate:
@@ -149,12 +180,13 @@ def estimate_memory(spec: JobSpec, shape: ModelShape, parameters: int, trainable
     if isinstance(spec.tuning, FullTuning):
         # Weights that train are fp32; autocast holds a copy of the linear ones in the compute dtype through the step.
         weights = 4.0 * parameters + (size * linear if size < 4 else 0)
-    elif isinstance(spec.quantization, Nf4Quantization):
-        # Embeddings, norms and head are not quantised; one linear at a time is unpacked to be multiplied with.
-        weights = _NF4_BYTES[spec.quantization.double_quantization] * linear + size * (parameters - linear) + 4.0 * trainable
-        scratch = size * largest
     else:
-        weights = size * parameters + 4.0 * trainable
+        # Embeddings, norms and head are not quantised; one linear at a time is unpacked to be multiplied with.
+        packed = _packed_bytes(spec.quantization)
+        weights = (size if packed is None else packed) * linear + size * (parameters - linear) + 4.0 * trainable
+        scratch = 0.0 if packed is None else size * largest
+        if isinstance(spec.tuning, LoraTuning) and spec.tuning.init != "default":
+            weights += 4.0 * adapter_parameters(spec.tuning, _targets(shape, spec.tuning))  # where it began, kept beside it
     # Kept for the backward pass, per token and layer: residuals, norms (in fp32: counted twice), q, k, v and the attention's
     # output, about 8 hidden sizes; gate, up, their activation and product, 4 intermediate sizes. Measured engines with fused
     # kernels keep 5 and 3.
@@ -170,9 +202,43 @@ def estimate_memory(spec: JobSpec, shape: ModelShape, parameters: int, trainable
     return MemoryEstimate(**parts, total_gib=sum(parts.values()))
 
 
+def _packed_bytes(quantization: Quantization) -> float | None:
+    """Bytes per quantised weight; None where nothing is."""
+    if isinstance(quantization, Nf4Quantization | Fp4Quantization):
+        return _4BIT_BYTES[quantization.double_quantization]
+    return 1.0 if isinstance(quantization, Int8Quantization) else None  # a scale per output is next to nothing
+
+
+def _targets(shape: ModelShape, tuning: LoraTuning | MoraTuning) -> Shapes:
+    """The adapted modules, by the paths they have in transformers' decoders."""
+    wanted = list(shape.linear) if tuning.target_modules == "all-linear" else tuning.target_modules
+    return {
+        f"model.layers.{layer}.{'mlp' if name in _MLP_MODULES else 'self_attn'}.{name}": shape.linear[name]
+        for layer in range(shape.layers)
+        for name in wanted
+        if name in shape.linear
+    }
+
+
+def _unknown_targets(model: str, tuning: LoraTuning | MoraTuning, known: Sequence[str]) -> list[Problem]:
+    if tuning.target_modules == "all-linear":
+        return []
+    if not tuning.target_modules:
+        return [Problem("no-target-modules", f"name at least one of: {', '.join(known)}", pointer="/tuning/target_modules")]
+    return [
+        Problem(
+            "unknown-target-module",
+            f"{model} has no linear module {name}; it has: {', '.join(known)}",
+            pointer=f"/tuning/target_modules/{number}",
+        )
+        for number, name in enumerate(tuning.target_modules)
+        if name not in known
+    ]
+
+
 def _steps(spec: JobSpec, counts: list[TokenCounts], eval_rows: int) -> int:
     weights = {ref.dataset_id: ref.weight for ref in spec.data.datasets}
-    usable = {c.dataset_id: c.rows - c.rows_without_target for c in counts}
+    usable = {c.dataset_id: c.examples for c in counts}
     # Held-out rows are drawn from all datasets alike, so each gives its share.
     share = eval_rows / sum(usable.values())
     draws = [max(1, round(weights[d] * round(rows * (1 - share)))) for d, rows in usable.items() if round(rows * (1 - share))]
@@ -192,7 +258,7 @@ def _warnings(
     rate = spec.optim.learning_rate
     if isinstance(spec.tuning, FullTuning):
         low, high, what = 1e-6, 1e-4, "full tuning"
-    elif isinstance(spec.quantization, Nf4Quantization):
+    elif isinstance(spec.quantization, Nf4Quantization | Fp4Quantization):
         low, high, what = 2e-4, 5e-4, "QLoRA"
     else:
         low, high, what = 5e-5, 5e-4, "LoRA"

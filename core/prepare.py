@@ -7,15 +7,15 @@ What stands in an upload never fails it: a bad file is a report and exit code 0.
 are the job's failure: exit code 12 (bad_data), the reasons on stderr, the last line fit for the user.
 """
 
-import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Thread
 
-from core.data.conversation import Message
-from core.data.render import render
+from core.data.conversation import Parsed, PlainText, Preference, kind_of
+from core.data.render import Rendered, render, render_preference, render_text
+from core.data.rows import read_row, write_row
 from core.data.template import ChatTemplate, choose_template
 from core.data.tokenizer import Tokenizer
 from core.data.tokens import TokenRow, write_token_cache
@@ -59,9 +59,8 @@ def prepare_rows(request: ValidateInput, work_dir: Path) -> None:
     partial = work_dir / f"{ROWS_FILE}.partial"
     with partial.open("w", encoding="utf-8", newline="\n") as rows:
 
-        def keep(number: int, messages: list[Message]) -> None:
-            plain = [{"role": role, "content": content} for role, content in messages]
-            rows.write(json.dumps({"row": number, "messages": plain}, ensure_ascii=False) + "\n")
+        def keep(number: int, parsed: Parsed) -> None:
+            rows.write(write_row(number, parsed))
 
         report = validate(request.upload, request.filename, keep)
     if report.usable_rows:
@@ -81,10 +80,12 @@ def prepare_tokens(request: TokenizeInput, work_dir: Path) -> None:
         "template": template.name,
         "template_digest": template.digest,
         "max_length": request.max_length,
+        "data_kind": request.data_kind,
         "train_on": request.train_on,
     }
     rows = _rendered(request, tokenizer, template)
-    counts = write_token_cache(work_dir / TOKENS_FOLDER, request.dataset_id, rows, request.max_length, facts)
+    group = 2 if request.data_kind == "preference" else 1
+    counts = write_token_cache(work_dir / TOKENS_FOLDER, request.dataset_id, rows, request.max_length, facts, group)
     _write_whole(work_dir / COUNTS_FILE, counts.model_dump_json())
 
 
@@ -94,20 +95,31 @@ def _rendered(request: TokenizeInput, tokenizer: Tokenizer, template: ChatTempla
     rows = count = 0
     with request.rows.open(encoding="utf-8", newline="\n") as lines:
         for line in lines:
-            entry = json.loads(line)
-            messages = [Message(message["role"], message["content"]) for message in entry["messages"]]
+            number, parsed = read_row(line)
+            if kind_of(parsed) != request.data_kind:
+                raise BadData(f"{request.dataset_id}: row {number} is of kind {kind_of(parsed)}, not {request.data_kind}")
             rows += 1
             try:
-                rendered = render(messages, tokenizer, template, request.train_on)
+                sequences = _sequences(parsed, request, tokenizer, template)
             except InvalidInput as error:
                 count += 1
                 if len(refused) < _NAMED_REFUSALS:
-                    refused.append(f"row {entry['row']}: {error.detail}")
+                    refused.append(f"row {number}: {error.detail}")
                 continue
-            yield TokenRow(entry["row"], rendered.ids, rendered.mask)
+            for rendered in sequences:
+                yield TokenRow(number, rendered.ids, rendered.mask)
     if count:
         more = f"; and {count - len(refused)} more" if count > len(refused) else ""
         raise BadData(f"{request.dataset_id}: {count} of {rows} rows can't be rendered: {'; '.join(refused)}{more}")
+
+
+def _sequences(parsed: Parsed, request: TokenizeInput, tokenizer: Tokenizer, template: ChatTemplate) -> Sequence[Rendered]:
+    """The sequences of one row. Raises InvalidInput."""
+    if isinstance(parsed, Preference):
+        return render_preference(parsed, tokenizer, template)
+    if isinstance(parsed, PlainText):
+        return render_text(parsed, tokenizer, request.max_length)
+    return [render(parsed, tokenizer, template, request.train_on)]
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -3,10 +3,10 @@
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from core.adapter import BaseIdentity
-from core.spec import JobSpec
+from core.spec import DATA_KINDS, DataKind, JobSpec, Objective
 from core.states import DatasetStatus, JobStatus, Phase, Reason, RunStatus
 
 T = TypeVar("T")
@@ -38,7 +38,12 @@ class RowProblem(Record):
 class DatasetReport(Record):
     """What the preparer found in a file. `errors` and `warnings` hold the first 100 of each; the counts are complete."""
 
-    format: str | None = Field(description="alpaca, sharegpt, messages or prompt_completion; null when not even that is clear.")
+    format: str | None = Field(
+        description="alpaca, sharegpt, messages, prompt_completion; "
+        "preference, preference_implicit, preference_alpaca, preference_sharegpt, preference_openai; text; "
+        "null when not even that is clear."
+    )
+    kind: DataKind | None = Field(default=None, description="What a row is, by the format; an objective trains on one kind.")
     encoding: str = "utf-8"
     rows: int
     usable_rows: int
@@ -49,6 +54,18 @@ class DatasetReport(Record):
     warning_count: int
     errors: list[RowProblem]
     warnings: list[RowProblem]
+
+    def wrong_kind(self, dataset_id: str, objective: Objective) -> str | None:
+        """The sentence that refuses this dataset to an objective which trains on rows of another kind; None where it fits."""
+        held: DataKind = self.kind or "conversation"  # the only kind when reports did not name one
+        wanted = DATA_KINDS[objective.kind]
+        if held == wanted:
+            return None
+        meant_for = " or ".join(name for name, kind in DATA_KINDS.items() if kind == held)
+        return (
+            f"{dataset_id} holds {held} rows (format {self.format}), which are for objective {meant_for}; "
+            f"objective {objective.kind} trains on {wanted} rows"
+        )
 
 
 class DatasetRecord(Record):
@@ -66,16 +83,27 @@ class DatasetRecord(Record):
 class TokenCounts(Record):
     """A dataset as one job trains on it: after template, tokenizer and `max_length`, held-out rows included.
 
-    `rows` counts what was read, tokens are those of the rows kept.
+    Rows are those of the upload that were read: conversations, pairs or texts. Examples are what the engine draws, holds out
+    and counts steps by: a conversation; a pair's two sequences; as many sequences as a text fills. Tokens are those of the
+    examples kept.
     """
 
     dataset_id: str
     rows: int
+    examples: int = Field(description="Examples kept.")
     tokens: int
     trained_tokens: int
-    truncated_rows: int = Field(description="Rows cut at max_length.")
+    truncated_rows: int = Field(description="Rows cut at max_length; a text goes on in a further sequence instead.")
     rows_without_target: int = Field(description="Rows left without a trained token; they are dropped.")
-    longest: int = Field(description="Tokens of the longest row before the cut.")
+    longest: int = Field(description="Tokens of the longest sequence before the cut.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_examples(cls, stored: Any) -> Any:
+        """Counts stored when every row was one example do not say so."""
+        if isinstance(stored, dict) and "examples" not in stored and {"rows", "rows_without_target"} <= stored.keys():
+            return stored | {"examples": stored["rows"] - stored["rows_without_target"]}
+        return stored
 
 
 class RunRecord(Record):
@@ -153,7 +181,7 @@ class AdapterVersionRecord(Record):
     sha256: str
     bytes: int
     job_id: str
-    tuning: Literal["lora", "full"]
+    tuning: Literal["lora", "mora", "full"]
     base: BaseIdentity
     step: int
     eval_loss: float | None

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from core.records import TokenCounts
-from core.spec import DataSpec, JobSpec, SftObjective
+from core.spec import DATA_KINDS, DataKind, DataSpec, JobSpec, Objective, SftObjective
 
 RUN_FILE = "run.json"
 PREPARE_FILE = "prepare.json"
@@ -25,6 +25,9 @@ LOG_FILE = "log"
 
 TOKEN_CACHE_KIND = "tokens"
 CHECKPOINT_KIND = "checkpoint"
+
+TrainOn = Literal["last_turn", "all_turns", "everything"]
+"""Which tokens of a row carry loss, as `SftObjective.train_on` says."""
 
 
 class _HandOver(BaseModel):
@@ -45,13 +48,16 @@ class RunInput(_HandOver):
     spec: JobSpec
     model_folder: Path
     model_weights: str = Field(description="Digest the registry holds for the base model; the adapter is bound to it.")
+    allow_remote_code: bool = Field(
+        default=False, description="The operator registered the model with the code in its folder. No spec can say so."
+    )
     token_caches: list[TokenCacheRef]
     resume_from: Path | None = Field(description="A checkpoint folder, already verified against its manifest.")
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class ValidateInput(_HandOver):
-    """Parse an upload. Leaves report.json (DatasetReport) and rows.jsonl (one {"row": n, "messages": [...]} per usable row)."""
+    """Parse an upload. Leaves report.json (DatasetReport) and rows.jsonl (core.data.rows), a line per usable row."""
 
     kind: Literal["validate"] = "validate"
     upload: Path
@@ -67,7 +73,8 @@ class TokenizeInput(_HandOver):
     model_folder: Path
     template: Literal["model", "chatml", "alpaca"]
     max_length: int
-    train_on: Literal["last_turn", "all_turns"]
+    data_kind: DataKind = "conversation"
+    train_on: TrainOn = Field(description="Asked of conversations; preferences train their last turn, texts everything.")
 
 
 PrepareInput = Annotated[ValidateInput | TokenizeInput, Field(discriminator="kind")]
@@ -90,14 +97,26 @@ RENDERER_VERSION = 1
 """Raised when the renderer would make other tokens from the same rows: old caches are then no longer found."""
 
 
-def token_key(dataset_sha256: str, tokenizer_digest: str, data: DataSpec, objective: SftObjective) -> str:
-    """Name of a token cache: a digest of everything the tokens of one dataset depend on."""
+def wanted_tokens(objective: Objective) -> tuple[DataKind, TrainOn]:
+    """The rows that an objective trains on, and which of their tokens carry loss: all that the preparer needs of it."""
+    kind = DATA_KINDS[objective.kind]
+    if isinstance(objective, SftObjective):
+        return kind, objective.train_on
+    return kind, "last_turn" if kind == "preference" else "everything"
+
+
+def token_key(dataset_sha256: str, tokenizer_digest: str, data: DataSpec, objective: Objective) -> str:
+    """Name of a token cache: a digest of everything the tokens of one dataset depend on.
+
+    The objective's own settings are not among it, so dpo and orpo, or two values of beta, share their tokens.
+    """
+    kind, train_on = wanted_tokens(objective)
     parts = [
         RENDERER_VERSION,
         dataset_sha256,
         tokenizer_digest,
         data.template,
         data.max_length,
-        objective.train_on,
+        train_on if kind == "conversation" else kind,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from core.presets import PRESETS, fill_in
+
 
 class Frozen(BaseModel):
     """Strict (no "3" for 3), closed (no unknown field), no NaN or infinity, immutable."""
@@ -21,17 +23,60 @@ AdapterName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$")]
 DatasetId = Annotated[str, StringConstraints(pattern=r"^ds_[a-z0-9]{8,40}$")]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$")]
+ModulePattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_*]{1,63}(\.[A-Za-z0-9_*]{1,63}){0,15}$")]
 MetadataKey = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$", max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$", max_length=512)]
 
 
+DataKind = Literal["conversation", "preference", "text"]
+"""What the rows of a dataset are; its format tells. An objective trains on rows of one kind."""
+
+
 class SftObjective(Frozen):
-    """Supervised fine-tuning: cross-entropy on the assistant's tokens, mean over all trained tokens of a step."""
+    """Supervised fine-tuning: cross-entropy on the chosen tokens, mean over all trained tokens of a step."""
 
     kind: Literal["sft"] = "sft"
-    train_on: Literal["last_turn", "all_turns"] = Field(
-        default="all_turns", description="Which assistant turns carry loss; the rest is context."
+    train_on: Literal["last_turn", "all_turns", "everything"] = Field(
+        default="all_turns",
+        description="Which tokens carry loss: the last assistant turn's, every assistant turn's, or the prompts' as well. "
+        "An assistant message of weight 0 never does.",
     )
+
+
+class PlainTextObjective(Frozen):
+    """Continued pre-training: every token of every text. Long texts go on in the next row; nothing of them is cut."""
+
+    kind: Literal["plain_text"] = "plain_text"
+
+
+class DpoObjective(Frozen):
+    """Direct preference optimisation (arXiv 2305.18290) against the base model as it was before training.
+
+    `hinge` is SLiC's loss (2305.10425), `ipo` that of 2310.12036 on log-probabilities averaged over the answer's tokens.
+    """
+
+    kind: Literal["dpo"] = "dpo"
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    beta: float = Field(default=0.1, gt=0, le=10, description="How closely the reference is held to.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, description="Share of pairs believed to be swapped (sigmoid only).")
+
+    @model_validator(mode="after")
+    def _smoothing_exists(self) -> Self:
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing is defined for the sigmoid loss, not for {self.loss}")
+        return self
+
+
+class OrpoObjective(Frozen):
+    """Odds-ratio preference optimisation (arXiv 2403.07691): the chosen answer's loss and the odds ratio, no reference."""
+
+    kind: Literal["orpo"] = "orpo"
+    beta: float = Field(default=0.1, gt=0, le=10, description="Weight of the odds ratio (lambda in the paper).")
+
+
+Objective = Annotated[SftObjective | PlainTextObjective | DpoObjective | OrpoObjective, Field(discriminator="kind")]
+DATA_KINDS: dict[str, DataKind] = {"sft": "conversation", "plain_text": "text", "dpo": "preference", "orpo": "preference"}
+"""Kind of an objective -> the rows it trains on."""
 
 
 class FullTuning(Frozen):
@@ -50,6 +95,47 @@ class LoraTuning(Frozen):
     target_modules: Literal["all-linear"] | list[ModuleName] = Field(
         default="all-linear", description="Names of linear modules, or all of them but the output head."
     )
+    init: Literal["default", "pissa", "olora"] = Field(
+        default="default",
+        description="Where training starts: from no update, or along the weights' own directions (PiSSA, arXiv 2404.02948; "
+        "OLoRA, 2406.01775). These are kept as plain LoRA of twice the rank, so any loader gives the trained model.",
+    )
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).")
+    dora: bool = Field(default=False, description="Learn each output's magnitude apart from its direction (arXiv 2402.09353).")
+    rank_pattern: dict[ModulePattern, Annotated[int, Field(ge=1, le=512)]] = Field(
+        default_factory=dict, max_length=64, description="Other ranks by module path; `*` stands for any one part of it."
+    )
+    alpha_pattern: dict[ModulePattern, Annotated[float, Field(gt=0, le=4096)]] = Field(
+        default_factory=dict, max_length=64, description="Other alphas, likewise."
+    )
+    lora_plus_ratio: float | None = Field(
+        default=None, ge=1, le=1000, description="Learning rate of B over that of A (LoRA+, arXiv 2402.12354)."
+    )
+    train_embeddings: bool = Field(
+        default=False, description="Train input embeddings and output head in full beside the adapters."
+    )
+
+    @model_validator(mode="after")
+    def _combination_exists(self) -> Self:
+        if self.init != "default" and self.dora:
+            raise ValueError(f"init {self.init} and dora both decide what a module's update means: choose one")
+        return self
+
+
+class MoraTuning(Frozen):
+    """A square matrix per module with as many numbers as LoRA of `rank` has (MoRA, arXiv 2405.12130, its sharing form).
+
+    Kept as the plain LoRA of the square's own rank that it equals.
+    """
+
+    kind: Literal["mora"] = "mora"
+    rank: int = Field(default=8, ge=1, le=256)
+    target_modules: Literal["all-linear"] | list[ModuleName] = Field(
+        default="all-linear", description="Names of linear modules, or all of them but the output head."
+    )
+
+
+Tuning = Annotated[LoraTuning | MoraTuning | FullTuning, Field(discriminator="kind")]
 
 
 class NoQuantization(Frozen):
@@ -61,6 +147,22 @@ class Nf4Quantization(Frozen):
 
     kind: Literal["nf4"] = "nf4"
     double_quantization: bool = Field(default=True, description="Quantise the block scales too (0.37 bit per weight less).")
+
+
+class Fp4Quantization(Frozen):
+    """4-bit floating-point blocks of frozen weights (arXiv 2212.09720)."""
+
+    kind: Literal["fp4"] = "fp4"
+    double_quantization: bool = Field(default=True, description="Quantise the block scales too (0.37 bit per weight less).")
+
+
+class Int8Quantization(Frozen):
+    """8-bit frozen weights, outlier columns of the input apart (LLM.int8(), arXiv 2208.07339)."""
+
+    kind: Literal["int8"] = "int8"
+
+
+Quantization = Annotated[NoQuantization | Nf4Quantization | Fp4Quantization | Int8Quantization, Field(discriminator="kind")]
 
 
 class DatasetRef(Frozen):
@@ -101,10 +203,18 @@ class ScheduleSpec(Frozen):
 
 
 class BatchSpec(Frozen):
-    """Rows per optimizer step = micro_batch_size × gradient_accumulation_steps."""
+    """Rows per optimizer step = micro_batch_size × gradient_accumulation_steps, packed or not."""
 
     micro_batch_size: int = Field(default=4, ge=1, le=4096, description="Rows in memory at once.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=4096, description="Micro-batches per optimizer step.")
+    packing: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Lay a step's rows end to end without padding, each attending to itself alone. The rows of a step stay the "
+        "same; up to micro_batch_size × data.max_length tokens are in memory at once. auto: where the model allows it.",
+    )
+    group_by_length: bool = Field(
+        default=False, description="Steps of rows of like length: less padding where nothing is packed, a less random order."
+    )
 
 
 class MemorySpec(Frozen):
@@ -112,6 +222,35 @@ class MemorySpec(Frozen):
         default="auto", description="Compute precision; auto is bf16 where the device has it, else fp32."
     )
     checkpointing: bool = Field(default=False, description="Recompute activations in the backward pass.")
+    checkpointing_every: int = Field(default=1, ge=1, le=64, description="With checkpointing: every n-th layer only.")
+    checkpointing_offload: bool = Field(
+        default=False, description="With checkpointing: what is kept waits in the computer's memory, not the GPU's."
+    )
+    compile: bool = Field(default=False, description="torch.compile each decoder layer: a slower start, faster steps.")
+
+    @model_validator(mode="after")
+    def _levers_have_a_hold(self) -> Self:
+        if not self.checkpointing and (self.checkpointing_every != 1 or self.checkpointing_offload):
+            raise ValueError("checkpointing_every and checkpointing_offload need checkpointing")
+        return self
+
+
+class GenerationEval(Frozen):
+    """Answers of held-out prompts, compared with the answers that stand in the data."""
+
+    rows: int = Field(default=16, ge=1, le=1000, description="Held-out rows whose last prompt is answered, greedily.")
+    max_tokens: int = Field(default=64, ge=1, le=2048)
+
+
+PanelPrompt = Annotated[str, StringConstraints(pattern=r"^[^\x00]*\S[^\x00]*$", max_length=4000)]
+EvalMetric = Literal["eval_loss", "eval_reward_accuracy", "eval_exact_match", "eval_bleu", "eval_rouge_l"]
+
+
+class EarlyStopping(Frozen):
+    """End the training when the metric has not got better by `min_delta` over `patience` evaluations in a row."""
+
+    patience: int = Field(default=3, ge=1, le=1000)
+    min_delta: float = Field(default=0.0, ge=0, le=1e6)
 
 
 class EvalSpec(Frozen):
@@ -121,6 +260,22 @@ class EvalSpec(Frozen):
         le=1_000_000,
         description="Held-out loss every n steps, beside the ones before and after training.",
     )
+    generation: GenerationEval | None = Field(default=None, description="Exact match, BLEU and ROUGE-L of generated answers.")
+    panel: list[PanelPrompt] = Field(
+        default_factory=list, max_length=16, description="Prompts answered at every evaluation, kept as events."
+    )
+    panel_max_tokens: int = Field(default=64, ge=1, le=2048)
+    metric: EvalMetric = Field(default="eval_loss", description="What keep_best and early_stopping go by.")
+    keep_best: bool = Field(default=False, description="Hand over the weights of the best evaluation, not the last ones.")
+    early_stopping: EarlyStopping | None = None
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> Self:
+        if self.metric in ("eval_exact_match", "eval_bleu", "eval_rouge_l") and self.generation is None:
+            raise ValueError(f"metric {self.metric} is only measured with generation")
+        if self.early_stopping is not None and self.every_steps is None:
+            raise ValueError("early_stopping goes by evaluations: set every_steps")
+        return self
 
 
 class CheckpointSpec(Frozen):
@@ -133,14 +288,17 @@ class JobSpec(Frozen):
 
     spec_version: Literal[1] = 1
     task: Literal["causal_lm"] = "causal_lm"
+    preset: Literal["guide-full", "guide-lora", "guide-qlora"] | None = Field(
+        default=None, description="Settings to begin from (core/presets.py); what the job says itself stands."
+    )
     base_model: ModelName
     adapter_name: AdapterName | None = Field(
         default=None,
         description="Name of the result; an existing name gets a new version. Default: made from the job's id.",
     )
-    objective: SftObjective = SftObjective()
-    tuning: Annotated[LoraTuning | FullTuning, Field(discriminator="kind")] = LoraTuning()
-    quantization: Annotated[NoQuantization | Nf4Quantization, Field(discriminator="kind")] = NoQuantization()
+    objective: Objective = SftObjective()
+    tuning: Tuning = LoraTuning()
+    quantization: Quantization = NoQuantization()
     data: DataSpec
     optim: OptimSpec = OptimSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -151,12 +309,37 @@ class JobSpec(Frozen):
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=16)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_filled_in(cls, given: Any) -> Any:
+        # A stored spec holds every field, so that a preset which has changed since changes nothing in it.
+        if isinstance(given, dict) and isinstance(given.get("preset"), str) and given["preset"] in PRESETS:
+            return fill_in(given["preset"], given)
+        return given
+
     @model_validator(mode="after")
     def _combination_exists(self) -> Self:
-        if isinstance(self.tuning, FullTuning) and not isinstance(self.quantization, NoQuantization):
-            raise ValueError("full tuning can't train quantized weights: use tuning lora, or quantization none")
-        if isinstance(self.quantization, Nf4Quantization) and self.memory.precision == "fp16":
-            raise ValueError("nf4 with fp16 compute is not offered: use bf16, fp32 or auto")
+        quantized = not isinstance(self.quantization, NoQuantization)
+        reasons = []
+        if isinstance(self.tuning, FullTuning) and quantized:
+            reasons.append("full tuning can't train quantized weights: use tuning lora or mora, or quantization none")
+        if isinstance(self.tuning, LoraTuning) and self.tuning.train_embeddings and quantized:
+            reasons.append("train_embeddings with a quantized base is not offered: use quantization none")
+        if isinstance(self.tuning, LoraTuning) and self.tuning.dora and isinstance(self.quantization, Int8Quantization):
+            reasons.append("dora reads its base's weights in every step, which int8 ones do not allow: use nf4 or fp4")
+        if quantized and self.memory.precision == "fp16":
+            reasons.append(f"{self.quantization.kind} with fp16 compute is not offered: use bf16, fp32 or auto")
+        if self.eval.metric == "eval_reward_accuracy" and DATA_KINDS[self.objective.kind] != "preference":
+            reasons.append("metric eval_reward_accuracy is only measured for preferences (dpo, orpo)")
+        if self.eval.generation is not None and DATA_KINDS[self.objective.kind] != "conversation":
+            reasons.append("eval.generation compares answers and needs conversations (sft)")
+        if self.eval.generation is not None and getattr(self.objective, "train_on", None) == "everything":
+            reasons.append("eval.generation compares answers, and train_on everything hides where they begin")
+        for name in ("generation", "panel", "keep_best", "early_stopping"):
+            if getattr(self.eval, name) and not self.data.eval_rows:
+                reasons.append(f"eval.{name} goes by evaluations: set data.eval_rows")
+        if reasons:
+            raise ValueError("; ".join(reasons))
         return self
 
 

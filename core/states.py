@@ -101,6 +101,9 @@ class Reason(StrEnum):
     BAD_DATA = "bad_data"
     NO_TRAINABLE_TOKENS = "no_trainable_tokens"
     NUMERICAL_DIVERGENCE = "numerical_divergence"
+    LOSS_IS_ZERO = "loss_is_zero"
+    GRADIENT_EXPLOSION = "gradient_explosion"
+    LOSS_DOES_NOT_MOVE = "loss_does_not_move"
     CUDA_OOM = "cuda_oom"
     BAD_ARTIFACT = "bad_artifact"
     LOST = "lost"
@@ -150,6 +153,30 @@ REASONS: dict[Reason, ReasonFacts] = {
         Retry.NEVER,
         15,
         "The GPU ran out of memory: lower batch.micro_batch_size or data.max_length, or turn on memory.checkpointing.",
+    ),
+    Reason.LOSS_IS_ZERO: ReasonFacts(
+        RunStatus.FAILED,
+        JobStatus.FAILED,
+        Retry.NEVER,
+        16,
+        "The loss was exactly 0 step after step, so nothing was learned: look at the started event's example of what is "
+        "trained on, and use bf16 or fp32 precision.",
+    ),
+    Reason.GRADIENT_EXPLOSION: ReasonFacts(
+        RunStatus.FAILED,
+        JobStatus.FAILED,
+        Retry.NEVER,
+        17,
+        "The gradient grew a thousandfold and stayed so: lower optim.learning_rate, raise schedule.warmup_steps, or use bf16 "
+        "or fp32 precision.",
+    ),
+    Reason.LOSS_DOES_NOT_MOVE: ReasonFacts(
+        RunStatus.FAILED,
+        JobStatus.FAILED,
+        Retry.NEVER,
+        18,
+        "The loss stayed the same over ever new rows, so nothing was learned: raise optim.learning_rate, or try fp32 precision "
+        "and batch.packing off.",
     ),
     Reason.BAD_ARTIFACT: ReasonFacts(
         RunStatus.FAILED,

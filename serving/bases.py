@@ -1,25 +1,28 @@
 """Which bases an endpoint serves: from the words of STROP_BASES to weights in memory.
 
-A word is `name[:nf4|:nf4-double][:bf16|:fp16|:fp32]`. Names are resolved through the registry, so that the endpoint serves
-the weights that jobs were trained on; a word that can't be resolved stops the start, with all that is wrong at once.
+A word is `name[:quantization][:precision]`, as in `my-model:nf4-double:bf16`. Names are resolved through the registry, so
+that the endpoint serves the weights that jobs were trained on; a word that can't be resolved stops the start, with all that
+is wrong at once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import torch
 from sqlalchemy.orm import Session
 
+from core.adapter import Quantization
 from core.errors import InvalidInput, Problem
 from core.infer.adapters import AdaptedBase
 from core.infer.engine import Servable
-from core.models.load import Precision, Quantization, load_base
+from core.model_folder import verify_code
+from core.models.load import ComputeDtype, Precision, load_base
 from store.deployments import RegisteredModel, find_models
 
-_QUANTIZATIONS = ("nf4", "nf4-double")
-_PRECISIONS = ("bf16", "fp16", "fp32")
+_QUANTIZATIONS = tuple(name for name in get_args(Quantization) if name != "none")
+_PRECISIONS = get_args(ComputeDtype)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ def resolve_bases(session: Session, words: Sequence[str]) -> list[WantedBase]:
         quantization = options.pop(0) if options and options[0] in _QUANTIZATIONS else "none"
         precision = options.pop(0) if options and options[0] in _PRECISIONS else "auto"
         if options or not name:
-            problems.append(Problem("bad-base", f"{word}: is not name[:nf4|:nf4-double][:bf16|:fp16|:fp32]"))
+            choices = "".join(f"[:{'|:'.join(names)}]" for names in (_QUANTIZATIONS, _PRECISIONS))
+            problems.append(Problem("bad-base", f"{word}: is not name{choices}"))
         else:
             parsed.append((word, name, cast(Quantization, quantization), cast(Precision, precision)))
     found, known = find_models(session, [name for _, name, _, _ in parsed])
@@ -60,8 +64,10 @@ def resolve_bases(session: Session, words: Sequence[str]) -> list[WantedBase]:
 
 
 def load_wanted(wanted: WantedBase, models_folder: Path, device: torch.device) -> Servable:
-    """Load a base and its tokenizer. Slow: seconds to minutes."""
+    """Load a base and its tokenizer. Slow: seconds to minutes. Raises ArtifactError for code that is not the registered one."""
     folder = models_folder / wanted.model.folder
+    if wanted.model.allow_remote_code:
+        verify_code(folder, wanted.model.config)
     loaded = load_base(
         folder,
         name=wanted.model.name,
@@ -69,6 +75,7 @@ def load_wanted(wanted: WantedBase, models_folder: Path, device: torch.device) -
         quantization=wanted.quantization,
         precision=wanted.precision,
         device=device,
+        allow_remote_code=wanted.model.allow_remote_code,
     )
     return Servable(AdaptedBase(loaded), None, folder)
 

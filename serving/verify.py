@@ -123,7 +123,7 @@ def _load(
     verdict: Verdict,
 ) -> Servable:
     try:
-        if facts.tuning == "lora":
+        if facts.tuning != "full":
             engine.call(lambda: base.load(folder, adapter))
             try:
                 servable = Servable(base, adapter, folder)

@@ -92,10 +92,10 @@ def add_model(settings: Settings, parsed: argparse.Namespace) -> None:
     """Register one folder (copied into STROP_MODELS unless it lies there), or fetch a model from the hub first."""
     source = Path(parsed.source)
     if source.is_dir():
-        folder, name = _bring(settings, source, parsed.name)
+        folder, name = _bring(settings, source, parsed.name, parsed.allow_remote_code)
     else:
-        folder, name = _fetch(settings, parsed.source, parsed.revision, parsed.name)
-    _register(settings, name, folder)
+        folder, name = _fetch(settings, parsed.source, parsed.revision, parsed.name, parsed.allow_remote_code)
+    _register(settings, name, folder, allow_remote_code=parsed.allow_remote_code)
 
 
 def show_models(settings: Settings, _: argparse.Namespace) -> None:
@@ -160,6 +160,11 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("source", metavar="PATH|HUB_ID")
     add.add_argument("--name", help="registered name; default: the folder's, or the hub id")
     add.add_argument("--revision", default="main", help="of the hub; pinned to the commit it means now")
+    add.add_argument(
+        "--allow-remote-code",
+        action="store_true",
+        help="the Python files in the model's folder may run on workers and endpoints; for architectures strop doesn't know",
+    )
     add.set_defaults(command=add_model)
 
     of_keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="COMMAND")
@@ -198,19 +203,19 @@ def _write_secret(path: Path, secret: str) -> bool:
     return True
 
 
-def _bring(settings: Settings, source: Path, name: str | None) -> tuple[Path, str]:
+def _bring(settings: Settings, source: Path, name: str | None, allow_remote_code: bool) -> tuple[Path, str]:
     root = settings.models_folder
     if source.absolute().is_relative_to(root):
         inside = source.absolute().relative_to(root).as_posix()
         return source.absolute(), name or inside
     name = name or source.resolve().name
     folder = _free_folder(root, name)
-    read_model_facts(source)  # says what is wrong before gigabytes are copied
+    read_model_facts(source, allow_remote_code=allow_remote_code)  # says what is wrong before gigabytes are copied
     _copy(source, folder)
     return folder, name
 
 
-def _fetch(settings: Settings, hub_id: str, revision: str, name: str | None) -> tuple[Path, str]:
+def _fetch(settings: Settings, hub_id: str, revision: str, name: str | None, allow_remote_code: bool) -> tuple[Path, str]:
     if not settings.hub:
         raise InvalidInput(f"{hub_id} is no folder, and the hub is closed (STROP_HUB=1 opens it)")
     from huggingface_hub import HfApi, snapshot_download  # comes with the engine's extra; the service never needs it
@@ -218,11 +223,12 @@ def _fetch(settings: Settings, hub_id: str, revision: str, name: str | None) -> 
     name = name or hub_id
     folder = _free_folder(settings.models_folder, name)
     commit = HfApi().model_info(hub_id, revision=revision).sha
+    wanted = [*_HUB_FILES, "*.py"] if allow_remote_code else list(_HUB_FILES)
     with tempfile.TemporaryDirectory(dir=settings.models_folder, prefix=".hub-") as temporary:
-        snapshot_download(hub_id, revision=commit, local_dir=temporary, allow_patterns=list(_HUB_FILES))
+        snapshot_download(hub_id, revision=commit, local_dir=temporary, allow_patterns=wanted)
         shutil.rmtree(Path(temporary, ".cache"), ignore_errors=True)
         Path(temporary, "hub_commit").write_text(f"{hub_id}@{commit}\n")
-        read_model_facts(Path(temporary))
+        read_model_facts(Path(temporary), allow_remote_code=allow_remote_code)
         _copy(Path(temporary), folder)
     return folder, name
 
@@ -245,19 +251,25 @@ def _copy(source: Path, folder: Path) -> None:
     temporary.rename(folder)
 
 
-def _register(settings: Settings, name: str, folder: Path) -> None:
+def _register(settings: Settings, name: str, folder: Path, *, allow_remote_code: bool = False) -> None:
     _check_name(name)
-    facts = read_model_facts(folder)
     relative = folder.relative_to(settings.models_folder).as_posix()
     database = Database(database_url(settings))
     try:
         with database.transaction() as session:
+            was_allowed = models.allows_remote_code(session, name)  # for the code of then: other code is refused below
+        facts = read_model_facts(folder, allow_remote_code=allow_remote_code or was_allowed)
+        detail = {"name": name, "weights": facts.weights, "allow_remote_code": facts.allow_remote_code}
+        with database.transaction() as session:
             model, is_new = models.register_model(session, name, relative, facts)
-            if is_new:
-                audit.record(session, DEFAULT_PROJECT, None, "model.register", model.id, name=name, weights=facts.weights)
+            if is_new or facts.allow_remote_code != was_allowed:
+                audit.record(session, DEFAULT_PROJECT, None, "model.register", model.id, **detail)
     finally:
         database.close()
-    _say(f"{name}: {'registered' if is_new else 'known'} ({facts.architecture}, {facts.parameters} parameters)")
+    code = ", runs its own code" if facts.allow_remote_code else ""
+    _say(f"{name}: {'registered' if is_new else 'known'} ({facts.architecture}, {facts.parameters} parameters{code})")
+    if allow_remote_code and not facts.allow_remote_code:
+        _say(f"{name}: strop knows {facts.architecture}, so the code in its folder is not used")
 
 
 def _check_name(name: str) -> None:

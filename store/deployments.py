@@ -49,6 +49,8 @@ class RegisteredModel:
     name: str
     folder: str
     weights: str
+    allow_remote_code: bool
+    config: dict[str, Any]
 
 
 def desired_versions(session: Session) -> list[DesiredVersion]:
@@ -106,5 +108,6 @@ def beat(session: Session, *, boot_id: str, name: str, bases: Sequence[BaseIdent
 
 def find_models(session: Session, names: Sequence[str]) -> tuple[dict[str, RegisteredModel], list[str]]:
     """(registered models by name among `names`, all registered names): the second is for the sentence about a missing one."""
-    rows = session.execute(select(Model.name, Model.folder, Model.weights).order_by(Model.name)).all()
+    columns = (Model.name, Model.folder, Model.weights, Model.allow_remote_code, Model.config)
+    rows = session.execute(select(*columns).order_by(Model.name)).all()
     return {row.name: RegisteredModel(*row) for row in rows if row.name in names}, [row.name for row in rows]

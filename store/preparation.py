@@ -86,7 +86,8 @@ def finish_dataset(session: Session, claim: DatasetClaim, report: DatasetReport)
 
 def claim_job(session: Session, job_id: str, *, boot_id: str, lease_seconds: float) -> JobClaim | StatusChanged | None:
     """Take a job whose tokens are to be made. None while a dataset of it is not validated yet (its end rings again), or
-    when there is nothing to do. The status change of a job that failed here, for a dataset of it has no usable row."""
+    when there is nothing to do. The status change of a job that failed here, for a dataset of it has no usable row, or rows of
+    another kind than the objective trains on."""
     taken = session.execute(
         update(Job)
         .where(Job.id == job_id, Job.status == JobStatus.VALIDATING_FILES, _free(Job))
@@ -96,7 +97,7 @@ def claim_job(session: Session, job_id: str, *, boot_id: str, lease_seconds: flo
     if taken is None:
         return None
     needs = session.execute(
-        select(JobDataset.dataset_id, JobDataset.token_key, Dataset.sha256, Dataset.status, TokenCache.key)
+        select(JobDataset.dataset_id, JobDataset.token_key, Dataset.sha256, Dataset.status, Dataset.report, TokenCache.key)
         .join(Dataset, Dataset.id == JobDataset.dataset_id)
         .join(
             TokenCache,
@@ -106,14 +107,19 @@ def claim_job(session: Session, job_id: str, *, boot_id: str, lease_seconds: flo
         .where(JobDataset.job_id == job_id)
         .order_by(JobDataset.dataset_id)
     ).all()
-    if any(status == DatasetStatus.UPLOADED for _, _, _, status, _ in needs):
+    if any(need.status == DatasetStatus.UPLOADED for need in needs):
         _release(session, Job, job_id)
         return None
-    failed = [dataset_id for dataset_id, _, _, status, _ in needs if status == DatasetStatus.FAILED]
+    failed = [need.dataset_id for need in needs if need.status == DatasetStatus.FAILED]
     if failed:
         return fail_job(session, job_id, Reason.BAD_DATA, f"No usable rows in {', '.join(failed)}: see the dataset's report.")
-    missing = [MissingTokens(dataset_id, sha256, key) for dataset_id, key, sha256, _, cached in needs if cached is None]
-    return JobClaim(job_id, taken.project_id, upgrade_spec(taken.spec), boot_id, missing)
+    spec = upgrade_spec(taken.spec)
+    reports = [(need.dataset_id, DatasetReport.model_validate(need.report)) for need in needs if need.report is not None]
+    wrong = [why for dataset_id, report in reports if (why := report.wrong_kind(dataset_id, spec.objective))]
+    if wrong:  # submit refuses these; a dataset that was not validated yet could be of any kind
+        return fail_job(session, job_id, Reason.BAD_DATA, "; ".join(wrong))
+    missing = [MissingTokens(need.dataset_id, need.sha256, need.token_key) for need in needs if need.key is None]
+    return JobClaim(job_id, taken.project_id, spec, boot_id, missing)
 
 
 def renew_job(session: Session, claim: JobClaim, *, lease_seconds: float) -> bool:
@@ -175,7 +181,7 @@ def fail_job(session: Session, job_id: str, reason: Reason, message: str) -> Sta
 
 
 def _unusable(counts: list[TokenCounts], spec: JobSpec) -> tuple[Reason, str] | None:
-    usable = sum(c.rows - c.rows_without_target for c in counts)
+    usable = sum(c.examples for c in counts)
     if sum(c.trained_tokens for c in counts) == 0:
         return Reason.NO_TRAINABLE_TOKENS, Reason.NO_TRAINABLE_TOKENS.facts.sentence
     if usable <= spec.data.eval_rows:

@@ -160,7 +160,7 @@ def discard_checkpoint(session: Session, claim: Claim, point: ResumePoint) -> Re
     return other
 
 
-def finish_run(session: Session, claim: Claim, result: Result) -> StatusChanged:
+def finish_run(session: Session, claim: Claim, result: Result, message: str) -> StatusChanged:
     """Publish: run, adapter version and job in one transaction under the fence, so exactly once. Raises FenceLost."""
     job = _lock(session, claim)
     name = claim.spec.adapter_name or job.id.replace("_", "-")
@@ -184,13 +184,13 @@ def finish_run(session: Session, claim: Claim, result: Result) -> StatusChanged:
     )
     session.flush()
     reason = Reason.FINISHED
-    _end_run(session, claim.job_id, claim.attempt, reason.facts.run, reason, reason.facts.sentence)
+    _end_run(session, claim.job_id, claim.attempt, reason.facts.run, reason, message)
     return jobs.move(
         session,
         job,
         JobStatus.SUCCEEDED,
         reason=reason,
-        message=reason.facts.sentence,
+        message=message,
         adapter_id=adapter.id,
         adapter_version=version,
     )

@@ -20,12 +20,12 @@ def judge(exit_code: int, ended: Ended | None, output: str, *, asked_to_stop: bo
     reason = EXIT_REASONS.get(exit_code, Reason.INTERNAL_ERROR)
     if reason is Reason.DRAINED and not asked_to_stop:
         return Reason.INTERNAL_ERROR, "The training process stopped without having been asked to."
-    if reason is Reason.FINISHED:
-        return reason, reason.facts.sentence
     if ended is not None and ended.reason is reason and ended.message:
         return reason, tidy(ended.message)
     if exit_code < 0:
         return reason, f"The training process was ended by {_signal_name(exit_code)}."
+    if reason is Reason.FINISHED:
+        return reason, reason.facts.sentence
     last = last_error(output)
     if reason is Reason.INTERNAL_ERROR:
         return reason, f"The training process ended with exit code {exit_code}" + (f": {last}" if last else ".")

@@ -31,6 +31,7 @@ from core.run import (
     TokenizeInput,
     ValidateInput,
     read_counts,
+    wanted_tokens,
 )
 from core.states import EXIT_REASONS, Reason
 from store import files, preparation
@@ -150,13 +151,15 @@ class Preparer:
         except FileNotFoundError:
             self._fail(claim, Reason.BAD_DATA, f"The rows of {missing.dataset_id} are gone from the storage.")
             return False
+        data_kind, train_on = wanted_tokens(claim.spec.objective)
         task = TokenizeInput(
             dataset_id=missing.dataset_id,
             rows=rows,
             model_folder=context.settings.models_folder / model.folder,
             template=claim.spec.data.template,
             max_length=claim.spec.data.max_length,
-            train_on=claim.spec.objective.train_on,
+            data_kind=data_kind,
+            train_on=train_on,
         )
         for _ in range(_TOKENIZE_TRIES):
             folder = context.scratch.fresh(claim.job_id, missing.dataset_id)

@@ -26,6 +26,7 @@ from sqlalchemy.orm import Session
 from core.errors import ArtifactError, FenceLost
 from core.events import AdapterWritten, CheckpointWritten, ChildEvent, Ended, Warned, parse_child_event
 from core.manifest import folder_digest, verify_folder
+from core.model_folder import verify_code
 from core.run import CHECKPOINT_KIND, LOG_FILE, RUN_FILE, TOKEN_CACHE_KIND, RunInput, TokenCacheRef
 from core.states import Reason
 from store import files, runs
@@ -165,14 +166,13 @@ class _Attempt:
         reason, message = failures.judge(exit_code, self._ended, child.tail(), asked_to_stop=stopping)
         self._uploader.close()
         self._check_fence()
-        return self._result() if reason is Reason.FINISHED else _End(reason, message)
+        return self._result(message) if reason is Reason.FINISHED else _End(reason, message)
 
-    def _result(self) -> _End:
-        reason = Reason.FINISHED
+    def _result(self, message: str) -> _End:
         if self._adapter is None:
             return _End(Reason.BAD_ARTIFACT, "The training process ended well, but left no result.")
         try:
-            return _End(reason, reason.facts.sentence, self._uploader.result(self._adapter.folder))
+            return _End(Reason.FINISHED, message, self._uploader.result(self._adapter.folder))
         except (ArtifactError, ValidationError) as error:
             log.warning("%s: result refused: %s", self._claim.job_id, error)
             return _End(Reason.BAD_ARTIFACT, failures.tidy(f"The result did not verify: {error}"))
@@ -266,12 +266,20 @@ class _Attempt:
             raise _Refused(
                 Reason.INTERNAL_ERROR, f"The folder of the base model {model.name} is missing on {self._context.name}."
             )
+        if model.allow_remote_code:
+            try:
+                verify_code(model_folder, model.config)
+            except ArtifactError as error:
+                log.error("%s: %s", self._claim.job_id, error)
+                message = f"The code of the base model {model.name} is not the code it was registered with."
+                raise _Refused(Reason.BAD_ARTIFACT, message) from None
         return RunInput(
             job_id=self._claim.job_id,
             attempt=self._claim.attempt,
             spec=spec,
             model_folder=model_folder,
             model_weights=model.weights,
+            allow_remote_code=model.allow_remote_code,
             token_caches=[
                 TokenCacheRef(
                     dataset_id=ref.dataset_id,
@@ -328,7 +336,8 @@ class _Attempt:
         except Exception:  # logged by the recorder; the run still gets its end
             end = _End(Reason.INTERNAL_ERROR, "The record refused an event of the training process.")
         if end.result is not None:
-            change, bell = self._patiently(partial(runs.finish_run, claim=self._claim, result=end.result)), None
+            finish = partial(runs.finish_run, claim=self._claim, result=end.result, message=end.message)
+            change, bell = self._patiently(finish), None
         else:
             close = partial(runs.close_run, claim=self._claim, reason=end.reason, message=end.message)
             change, bell = self._patiently(close)

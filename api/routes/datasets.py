@@ -29,7 +29,7 @@ _FORM = {
                         "file": {
                             "type": "string",
                             "format": "binary",
-                            "description": "JSON, JSONL or CSV, in UTF-8: Alpaca, ShareGPT, messages or prompt/completion rows.",
+                            "description": "JSON, JSONL or CSV, in UTF-8: conversations, preferences or plain texts.",
                         },
                     },
                 },

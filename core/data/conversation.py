@@ -1,7 +1,8 @@
-"""Message and the rules of a conversation that can be trained on. Every format ends here; the renderer begins here.
+"""What a row is, and the rules of a conversation that can be trained on. Every format ends here; the renderer begins here.
 
 A conversation is: at most one system message, first; then user and assistant in turn, the user first; at least one
-assistant message. It may end with a user message, which then teaches nothing.
+assistant message. It may end with a user message, which then teaches nothing. A preference is a conversation up to a user
+message, and two answers to that.
 """
 
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from core.data.strict_json import shown
 from core.errors import InvalidInput, Problem
+from core.spec import DataKind
 
 Role = Literal["system", "user", "assistant"]
 MAX_MESSAGES = 1000
@@ -18,6 +20,30 @@ MAX_MESSAGES = 1000
 class Message(NamedTuple):
     role: Role
     content: str
+    weight: int = 1
+    """0 for an answer that is context only and carries no loss."""
+
+
+class Preference(NamedTuple):
+    """`prompt` ends with a user message; `chosen` and `rejected` are assistant messages, and differ."""
+
+    prompt: list[Message]
+    chosen: Message
+    rejected: Message
+
+
+class PlainText(NamedTuple):
+    text: str
+
+
+Parsed = list[Message] | Preference | PlainText
+"""A row as its format gives it, one type for each kind of data."""
+
+
+def kind_of(parsed: Parsed) -> DataKind:
+    if isinstance(parsed, Preference):
+        return "preference"
+    return "text" if isinstance(parsed, PlainText) else "conversation"
 
 
 @dataclass
@@ -28,7 +54,7 @@ class Draft:
     _fields: list[str] = field(default_factory=list)
     _problems: list[Problem] = field(default_factory=list)
 
-    def add(self, role: Role, content: Any, where: str) -> None:
+    def add(self, role: Role, content: Any, where: str, weight: int = 1) -> None:
         """Take a message whose content stands at the field path `where`."""
         if not isinstance(content, str):
             self.refuse("wrong-type", where, f"expected text, found {json_type(content)}")
@@ -38,7 +64,7 @@ class Draft:
                 self.refuse("empty-target", where, "an answer without text can't be learned")
             elif role == "user":
                 self.refuse("empty-prompt", where, "a question without text")
-        self.messages.append(Message(role, content))
+        self.messages.append(Message(role, content, weight))
         self._fields.append(where)
 
     def refuse(self, code: str, where: str, message: str) -> None:
@@ -46,19 +72,49 @@ class Draft:
 
     def finish(self, where: str) -> list[Message]:
         """The conversation. Raises InvalidInput with every problem of the row; `where` is the field of the whole."""
-        is_whole = all(problem.code in ("empty-target", "empty-prompt") for problem in self._problems)
-        if is_whole:
+        if self.is_whole:
             self._check_order(where)
         if self._problems:
             raise InvalidInput("the row can't be used", self._problems)
         return self.messages
+
+    def finish_preference(
+        self, chosen: "Draft", rejected: "Draft", where: str, fields: tuple[str, str] = ("chosen", "rejected")
+    ) -> Preference:
+        """The preference of this prompt and two drafts of one answer each, which stand at `fields`. Raises as `finish` does."""
+        answers = (chosen, rejected)
+        for answer, field_name in zip(answers, fields, strict=True):
+            if answer.is_whole and [message.role for message in answer.messages] != ["assistant"]:
+                found = "none" if not answer.messages else ", ".join(message.role for message in answer.messages[:5])
+                answer.refuse("bad-roles", field_name, f"expected one message of the assistant, found {found}")
+        whole = Draft([*self.messages, *chosen.messages], [*self._fields, *chosen._fields])
+        if all(part.is_whole for part in (self, *answers)):
+            whole._check_order(where)
+            if chosen.messages == rejected.messages:
+                message = "the same as the chosen answer, so there is nothing to prefer"
+                rejected.refuse("equal-preference", fields[1], message)
+        problems = [problem for part in (self, *answers, whole) for problem in part._problems]
+        if problems:
+            raise InvalidInput("the row can't be used", problems)
+        return Preference(self.messages, chosen.messages[0], rejected.messages[0])
+
+    def split_last(self) -> "Draft":
+        """Take off all messages but the last one, as a draft of their own; what is wrong with them stays here."""
+        lead = Draft(self.messages[:-1], self._fields[:-1])
+        del self.messages[:-1], self._fields[:-1]
+        return lead
+
+    @property
+    def is_whole(self) -> bool:
+        """No message is missing or out of its place; some may be empty."""
+        return all(problem.code in ("empty-target", "empty-prompt") for problem in self._problems)
 
     def _check_order(self, where: str) -> None:
         if len(self.messages) > MAX_MESSAGES:
             self.refuse("too-many-turns", where, f"{len(self.messages)} messages; {MAX_MESSAGES} are the limit")
             return
         previous: Role | None = None
-        for (role, _), at in zip(self.messages, self._fields, strict=True):
+        for (role, *_), at in zip(self.messages, self._fields, strict=True):
             if role == "system":
                 if previous is not None:
                     self.refuse("bad-roles", at, "a system message may only stand first, and once")

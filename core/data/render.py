@@ -1,4 +1,4 @@
-"""The renderer: a conversation -> token ids and loss mask. Training, evaluation, preview and serving all call this one.
+"""The renderer: a row -> token ids and loss mask. Training, evaluation, preview and serving all call this one.
 
 The text of the whole conversation is made once and encoded in one call, so the ids are those that transformers'
 apply_chat_template gives. Where an answer begins is where the text of everything before it, with the generation prompt,
@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from core.data.conversation import Message
+from core.data.conversation import Message, PlainText, Preference
 from core.data.template import ChatTemplate
 from core.data.tokenizer import Tokenizer
 from core.errors import InvalidInput, Problem
+from core.run import TrainOn
 
-TrainOn = Literal["last_turn", "all_turns"]
 _PRIVATE_USE = range(0xE000, 0xF900)
 _PROBE = "\ue0fe"
 _SAYABLE = ("<think>", "</think>")
@@ -49,26 +49,49 @@ class Marks:
 
 
 def render(messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate, train_on: TrainOn) -> Rendered:
-    """Tokens and loss mask of one row; what stands behind the last answer teaches nothing and is left out.
+    """Tokens and loss mask of one conversation; what stands behind the last answer teaches nothing and is left out.
 
+    An answer of weight 0 carries no loss, whatever `train_on` says; of the rest, `everything` trains all but the first token.
     Raises InvalidInput: template-error, or template-not-prefix-stable where the template writes the same beginning of a
     conversation in two ways, so that no mask would be right.
     """
-    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
-    if not answers:
-        raise InvalidInput("there is no assistant message", [Problem("bad-roles", "there is no assistant message")])
-    marks = marks_of(tokenizer, template)
-    cut = _Cut.of(messages[: answers[-1] + 1], template, marks)
-    text = template.text(cut.messages, tokenizer, add_generation_prompt=False)
-    trained = answers if train_on == "all_turns" else answers[-1:]
-    spans = [_answer_span(cut.messages, index, text, tokenizer, template, marks) for index in trained]
-    ids, offsets = _encode(text, cut.mark, tokenizer)
-    mask = _mask(offsets, spans)
-    if tokenizer.eos_ids and not text.endswith(marks.ends, 0, spans[-1].end):
-        ids.append(tokenizer.eos_ids[0])
-        mask.append(1)
-    mask[:1] = [0]  # nothing stands before the first token that it could be predicted from
-    return Rendered(ids, mask)
+    return _render(messages, tokenizer, template, train_on, apart=False)
+
+
+def render_preference(preference: Preference, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Rendered, Rendered]:
+    """(chosen, rejected): the prompt with either answer, whose tokens carry loss. Raises InvalidInput as `render` does.
+
+    Both begin with exactly the ids that serving puts before the model, so that they differ in the answers alone. A template
+    that breaks this is refused; where the tokenizer would join the prompt's end and an answer's beginning in one token, the
+    two are encoded apart.
+    """
+    prompt = render_prompt(preference.prompt, tokenizer, template)
+
+    def pair(apart: bool) -> tuple[Rendered, Rendered]:
+        conversations = ([*preference.prompt, answer] for answer in (preference.chosen, preference.rejected))
+        chosen, rejected = (_render(row, tokenizer, template, "last_turn", apart=apart) for row in conversations)
+        return chosen, rejected
+
+    rendered = pair(apart=False)
+    if any(sequence.ids[: len(prompt)] != prompt for sequence in rendered):
+        rendered = pair(apart=True)
+    assert all(sequence.ids[: len(prompt)] == prompt for sequence in rendered)
+    return rendered
+
+
+def render_text(text: PlainText, tokenizer: Tokenizer, max_length: int) -> list[Rendered]:
+    """A text as sequences of at most `max_length` tokens, with one BOS where the tokenizer wants one, and an EOS at its end.
+
+    Each sequence begins with the last token of the one before, as context without loss: every token but the first is trained
+    exactly once. Strings of special tokens are read as ordinary text.
+    """
+    ids, _ = tokenizer.encode(text.text, parse_special=False)
+    if tokenizer.adds_bos and tokenizer.bos_id is not None:
+        ids.insert(0, tokenizer.bos_id)
+    ids += tokenizer.eos_ids[:1]
+    begins = range(0, max(1, len(ids) - 1), max_length - 1)
+    pieces = [ids[begin : begin + max_length] for begin in begins]
+    return [Rendered(piece, [0, *[1] * len(piece)][: len(piece)]) for piece in pieces]
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
@@ -115,6 +138,34 @@ def marks_of(tokenizer: Tokenizer, template: ChatTemplate) -> Marks:
     return Marks(pattern, tuple(ends), tuple(tokenizer.added[end] for end in ends))
 
 
+def _render(
+    messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate, train_on: TrainOn, *, apart: bool
+) -> Rendered:
+    """`render`; with `apart` no token reaches over the beginning of the last answer."""
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    if not answers:
+        raise InvalidInput("there is no assistant message", [Problem("bad-roles", "there is no assistant message")])
+    marks = marks_of(tokenizer, template)
+    last = answers[-1]
+    cut = _Cut.of(messages[: last + 1], template, marks)
+    text = template.text(cut.messages, tokenizer, add_generation_prompt=False)
+    # Of everything, the answers without weight have to be found; else those with it.
+    sought = 0 if train_on == "everything" else 1
+    marked = [index for index in answers if messages[index].weight == sought and (index == last or train_on != "last_turn")]
+    spans = {
+        index: _answer_span(cut.messages, index, text, tokenizer, template, marks) for index in dict.fromkeys([*marked, last])
+    }
+    ids, offsets = _encode(text, cut.mark, tokenizer, spans[last].begin if apart else None)
+    mask = _mask(offsets, [spans[index] for index in marked])
+    if train_on == "everything":
+        mask = [1 - is_silent for is_silent in mask]
+    if tokenizer.eos_ids and not text.endswith(marks.ends, 0, spans[last].end):
+        ids.append(tokenizer.eos_ids[0])
+        mask.append(messages[last].weight)
+    mask[:1] = [0]  # nothing stands before the first token that it could be predicted from
+    return Rendered(ids, mask)
+
+
 @dataclass(frozen=True)
 class _Cut:
     """Messages whose control strings are broken up by `mark`; None where there was nothing to break."""
@@ -132,7 +183,7 @@ class _Cut:
         if mark is None:
             message = "the row holds control strings and every private-use character"
             raise InvalidInput(message, [Problem("control-text", message)])
-        return cls([Message(role, _break(content, control, mark)) for role, content in messages], mark)
+        return cls([message._replace(content=_break(message.content, control, mark)) for message in messages], mark)
 
 
 def _break(content: str, control: re.Pattern[str], mark: str) -> str:
@@ -174,16 +225,24 @@ def _unstable(index: int) -> InvalidInput:
     return InvalidInput(message, [Problem("template-not-prefix-stable", message, field=f"messages[{index}]")])
 
 
-def _encode(text: str, mark: str | None, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids and offsets of a rendered text, with one BOS where the tokenizer wants one and the template wrote none."""
+def _encode(
+    text: str, mark: str | None, tokenizer: Tokenizer, apart_at: int | None = None
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and offsets of a rendered text, with one BOS where the tokenizer wants one and the template wrote none.
+
+    The text is encoded in pieces, which end at each `mark` and, where it is set, at the place `apart_at`.
+    """
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     begin = 0
-    for piece in [text] if mark is None else text.split(mark):
-        piece_ids, piece_offsets = tokenizer.encode(piece, parse_special=True)
-        ids += piece_ids
-        offsets += [(begin + start, begin + end) for start, end in piece_offsets]
-        begin += len(piece) + 1
+    for whole in [text] if mark is None else text.split(mark):
+        at = 0 if apart_at is None else apart_at - begin
+        for piece in [whole[:at], whole[at:]] if 0 < at < len(whole) else [whole]:
+            piece_ids, piece_offsets = tokenizer.encode(piece, parse_special=True)
+            ids += piece_ids
+            offsets += [(begin + start, begin + end) for start, end in piece_offsets]
+            begin += len(piece)
+        begin += 1  # the mark
     if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids.insert(0, tokenizer.bos_id)
         offsets.insert(0, (0, 0))

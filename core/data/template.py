@@ -70,7 +70,7 @@ class ChatTemplate:
         """A conversation as text. Raises InvalidInput (template-error) when the template refuses it or is broken."""
         try:
             return _compile(self.source).render(
-                messages=[{"role": role, "content": content} for role, content in messages],
+                messages=[{"role": message.role, "content": message.content} for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,

@@ -1,9 +1,10 @@
 """The token cache: a dataset as it is trained on, in one closed folder that the training child maps into memory.
 
 The preparer writes it once per (dataset, tokenizer, template, length, mask); nobody else makes tokens for training.
-`tokens.safetensors` holds `offsets` int64 [rows + 1], `row_numbers` int64 [rows] (rows of the upload, from 1),
-`input_ids` int32 [tokens] and `loss_mask` uint8 [tokens], rows end to end. The file is put together from two spool
-files, since safetensors wants sizes first and the tokens of a large dataset do not fit into memory.
+`tokens.safetensors` holds `offsets` int64 [sequences + 1], `row_numbers` int64 [sequences] (rows of the upload, from 1),
+`input_ids` int32 [tokens] and `loss_mask` uint8 [tokens], sequences end to end. An example is `group` sequences that stand
+together: one, or the chosen and the rejected one of a preference. The file is put together from two spool files, since
+safetensors wants sizes first and the tokens of a large dataset do not fit into memory.
 """
 
 import hashlib
@@ -11,9 +12,10 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +32,12 @@ _DTYPES: dict[str, np.dtype[Any]] = {"I64": np.dtype("<i8"), "I32": np.dtype("<i
 _LAYOUT = (("offsets", "I64"), ("row_numbers", "I64"), ("input_ids", "I32"), ("loss_mask", "U8"))
 
 
+TokenSequence = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
+"""(ids int32 [T], loss mask uint8 [T]) as read-only views; a mask of 1 means that the token there is predicted."""
+
+
 class TokenRow(NamedTuple):
-    """A rendered row: its number in the upload, ids, and 1 per id that carries loss."""
+    """A rendered sequence: the number of its row in the upload, ids, and 1 per id that carries loss."""
 
     number: int
     ids: list[int]
@@ -39,25 +45,29 @@ class TokenRow(NamedTuple):
 
 
 def write_token_cache(
-    folder: Path, dataset_id: str, rows: Iterable[TokenRow], max_length: int, facts: dict[str, Any]
+    folder: Path, dataset_id: str, rows: Iterable[TokenRow], max_length: int, facts: dict[str, Any], group: int = 1
 ) -> TokenCounts:
-    """Write the closed folder and return its counts, which join `facts` in the manifest.
+    """Write the closed folder and return its counts, which join `facts` and `group` in the manifest.
 
-    Rows are cut from the end at `max_length` tokens; rows left without a trained token are dropped and counted.
-    `rows`, `tokens` and `trained_tokens` count what is kept.
+    `rows` come in examples of `group` sequences each, those of one row of the upload behind one another. Sequences are cut
+    from the end at `max_length` tokens; an example of which one sequence is left without a trained token is dropped whole.
     """
     with closed_folder(folder, TOKEN_CACHE_KIND, facts) as temporary:
-        counts = _write(temporary, dataset_id, rows, max_length)
-        facts |= counts.model_dump(mode="json")
+        counts = _write(temporary, dataset_id, rows, max_length, group)
+        facts |= counts.model_dump(mode="json") | {"group": group}
     return counts
 
 
 class TokenCache:
-    """A token cache opened for reading; its arrays are maps of the file, shared by all that open it."""
+    """A token cache opened for reading; its arrays are maps of the file, shared by all that open it.
+
+    Its length is its number of examples, each of `group` sequences.
+    """
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         arrays = _map_arrays(folder / TOKENS_FILE)
         self.facts = facts
+        self.group: int = facts.get("group", 1)
         self.row_numbers: npt.NDArray[np.int64] = arrays["row_numbers"]
         self._offsets: npt.NDArray[np.int64] = arrays["offsets"]
         self._ids: npt.NDArray[np.int32] = arrays["input_ids"]
@@ -69,57 +79,105 @@ class TokenCache:
         return cls(folder, verify_folder(folder, TOKEN_CACHE_KIND))
 
     def __len__(self) -> int:
-        return len(self.row_numbers)
+        return len(self.row_numbers) // self.group
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each row."""
+        """Tokens of each sequence."""
         return np.diff(self._offsets)
 
-    def row(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
-        """(ids, loss mask) of one row as read-only views of the same length."""
+    def example(self, index: int) -> tuple[TokenSequence, ...]:
+        """The `group` sequences of one example: one, or (chosen, rejected)."""
         if not 0 <= index < len(self):
+            raise IndexError(index)
+        return tuple(self.row(index * self.group + place) for place in range(self.group))
+
+    def row(self, index: int) -> TokenSequence:
+        """One sequence; where `group` is 1 its index is the example's."""
+        if not 0 <= index < len(self.row_numbers):
             raise IndexError(index)
         begin, end = self._offsets[index], self._offsets[index + 1]
         return self._ids[begin:end], self._mask[begin:end]
 
     def row_digest(self, index: int) -> str:
-        """Hex digest of a row's ids and mask: equal for rows that teach the same."""
+        """Hex digest of a sequence's ids and mask: equal for sequences that teach the same."""
         ids, mask = self.row(index)
         digest = hashlib.sha256(ids.tobytes())
         digest.update(mask.tobytes())
         return digest.hexdigest()
 
 
-def _write(folder: Path, dataset_id: str, rows: Iterable[TokenRow], max_length: int) -> TokenCounts:
-    offsets, numbers = array("q", [0]), array("q")
-    trained = truncated = without_target = longest = 0
+def _write(folder: Path, dataset_id: str, rows: Iterable[TokenRow], max_length: int, group: int) -> TokenCounts:
     spools = (folder / "ids.spool", folder / "mask.spool")
     with spools[0].open("wb") as ids_file, spools[1].open("wb") as mask_file:
-        for number, ids, mask in rows:
-            longest = max(longest, len(ids))
-            truncated += len(ids) > max_length
-            kept = mask[:max_length]
-            if not any(kept):
-                without_target += 1
-                continue
-            trained += sum(kept)
-            np.asarray(ids[:max_length], "<i4").tofile(ids_file)
-            mask_file.write(bytes(kept))
-            offsets.append(offsets[-1] + len(kept))
-            numbers.append(number)
-    _assemble(folder / TOKENS_FILE, offsets, numbers, spools)
+        written = _Written(ids_file, mask_file, max_length)
+        for example in _examples(rows, group):
+            written.take(example)
+    _assemble(folder / TOKENS_FILE, written.offsets, written.numbers, spools)
     for spool in spools:
         spool.unlink()
     return TokenCounts(
         dataset_id=dataset_id,
-        rows=len(numbers) + without_target,
-        tokens=offsets[-1],
-        trained_tokens=trained,
-        truncated_rows=truncated,
-        rows_without_target=without_target,
-        longest=longest,
+        rows=written.rows,
+        examples=len(written.numbers) // group,
+        tokens=written.offsets[-1],
+        trained_tokens=written.trained,
+        truncated_rows=written.truncated,
+        rows_without_target=written.rows - written.kept_rows,
+        longest=written.longest,
     )
+
+
+def _examples(rows: Iterable[TokenRow], group: int) -> Iterator[list[TokenRow]]:
+    example: list[TokenRow] = []
+    for row in rows:
+        example.append(row)
+        if len(example) == group:
+            assert all(other.number == row.number for other in example), f"row {row.number} is no group of {group}"
+            yield example
+            example = []
+    assert not example, f"row {example[-1].number} is no group of {group}"
+
+
+@dataclass
+class _Written:
+    """What the spool files hold so far. Rows are counted by their numbers, since a row may give several examples."""
+
+    ids_file: BinaryIO
+    mask_file: BinaryIO
+    max_length: int
+    offsets: "array[int]" = field(default_factory=lambda: array("q", [0]))
+    numbers: "array[int]" = field(default_factory=lambda: array("q"))
+    rows: int = 0
+    kept_rows: int = 0
+    truncated: int = 0
+    trained: int = 0
+    longest: int = 0
+    _read: int | None = None  # the row of the example before, and the last ones that were kept and cut
+    _kept: int | None = None
+    _cut: int | None = None
+
+    def take(self, example: list[TokenRow]) -> None:
+        number = example[0].number
+        lengths = [len(sequence.ids) for sequence in example]
+        masks = [np.asarray(sequence.mask[: self.max_length], np.uint8) for sequence in example]
+        trained = [int(np.count_nonzero(mask)) for mask in masks]
+        self.longest = max(self.longest, *lengths)
+        self.rows += number != self._read
+        self._read = number
+        if max(lengths) > self.max_length:
+            self.truncated += number != self._cut
+            self._cut = number
+        if not all(trained):
+            return
+        self.kept_rows += number != self._kept
+        self._kept = number
+        self.trained += sum(trained)
+        for sequence, mask in zip(example, masks, strict=True):
+            np.asarray(sequence.ids[: self.max_length], "<i4").tofile(self.ids_file)
+            mask.tofile(self.mask_file)
+            self.offsets.append(self.offsets[-1] + len(mask))
+            self.numbers.append(number)
 
 
 def _assemble(path: Path, offsets: "array[int]", numbers: "array[int]", spools: tuple[Path, Path]) -> None:

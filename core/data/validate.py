@@ -4,18 +4,19 @@ Second stop of a dataset's walk, between the reader and rows.jsonl. The format i
 row is guessed at singly. Errors keep a row out, warnings do not; of each the first 100 are kept and all are counted.
 
 Codes beside the reader's. File errors: empty-dataset, unknown-format. Row errors: unknown-format, mixed-format,
-top-level-object, missing-field, wrong-type, bad-role, bad-roles, empty-target, empty-prompt, too-many-turns,
-tools-not-supported, media-not-supported, preference-not-supported.
-Warnings: utf8-bom, unknown-field, duplicate-row, duplicate-id, ends-with-user, long-row.
+top-level-object, missing-field, wrong-type, bad-role, bad-roles, bad-weight, empty-target, empty-prompt, too-many-turns,
+equal-preference, prompts-differ, tools-not-supported, media-not-supported, preference-not-supported.
+Warnings: utf8-bom, unknown-field, duplicate-row, duplicate-id, ends-with-user, no-weight, long-row.
 """
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from core.data.conversation import Message
+from core.data.conversation import Parsed, PlainText, Preference
 from core.data.formats import FORMATS, Format
 from core.data.reader import Row, RowFile, open_rows
 from core.data.strict_json import plain, shown
@@ -26,16 +27,18 @@ KEPT_PROBLEMS = 100
 LONG_ROW_CHARACTERS = 200_000
 _NAMED_FIELDS = 20
 _MEDIA = ("media-not-supported", "rows with media can't be used for text training")
-_PREFERENCE = ("preference-not-supported", "rows of preferences can't be used for supervised training")
+_PREFERENCE = ("preference-not-supported", "an answer to prefer or to refuse, in a row that is of no known preference format")
+_PREFERENCE_FIELDS = ("chosen", "rejected", "preferred_output", "non_preferred_output", "rejected_response", "rejected_messages")
 _REFUSED_FIELDS = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
-    **dict.fromkeys(("chosen", "rejected"), _PREFERENCE),
+    **dict.fromkeys(_PREFERENCE_FIELDS, _PREFERENCE),
 }
-"""Fields that make a row another kind of example: read as plain text it would teach something else than was meant."""
+"""Fields that make a row another kind of example: read without them it would teach something else than was meant."""
+_MEDIA_FILE = re.compile(r"\.(jpe?g|png|gif|webp|bmp|tiff?|mp4|mov|webm|wav|mp3|flac|ogg)\Z", re.IGNORECASE)
 
 
-def validate(upload: Path, filename: str, keep: Callable[[int, list[Message]], None]) -> DatasetReport:
-    """Read a whole upload, call `keep(row number, messages)` for every usable row, and report.
+def validate(upload: Path, filename: str, keep: Callable[[int, Parsed], None]) -> DatasetReport:
+    """Read a whole upload, call `keep(row number, row)` for every usable row, and report.
 
     Never raises for what stands in the file: a file that can't be read has its reason in the report and 0 usable rows.
     """
@@ -50,7 +53,7 @@ def validate(upload: Path, filename: str, keep: Callable[[int, list[Message]], N
 
 @dataclass
 class _Judge:
-    keep: Callable[[int, list[Message]], None]
+    keep: Callable[[int, Parsed], None]
     rows: int = 0
     usable: int = 0
     turns: int = 0
@@ -84,50 +87,50 @@ class _Judge:
             self.warn(Problem("unknown-field", f"not part of the format and ignored: {listed}"))
 
     def take(self, row: Row) -> None:
-        problems, messages = self.parse(row)
+        problems, parsed = self.parse(row)
         for problem in problems:
             self.refuse(replace(problem, row=row.number, line=row.line))
-        if problems:
+        if problems or parsed is None:
             return
+        turns, length = _size(parsed)
         self.usable += 1
-        self.turns += len(messages)
-        length = sum(len(message.content) for message in messages)
+        self.turns += turns
         self.characters += length
-        self.look_at(row, messages, length)
-        self.keep(row.number, messages)
+        self.look_at(row, parsed, length)
+        self.keep(row.number, parsed)
 
-    def parse(self, row: Row) -> tuple[list[Problem], list[Message]]:
-        problems = [
-            Problem(code, message, field=name) for name, (code, message) in _REFUSED_FIELDS.items() if row.value.get(name)
-        ]
+    def parse(self, row: Row) -> tuple[list[Problem], Parsed | None]:
+        found = _detect(row.value)
         if self.format is None:
-            self.format, self.format_row = _detect(row.value), row.number
+            self.format, self.format_row = found, row.number
+        problems = _refusals(row.value, found, self.format)
         if self.format is None:
-            return problems or [_no_format(row)], []
-        if not self.format.matches(row.value):
-            return [*problems, self.misfit(row)], []
+            return problems or [_no_format(row)], None
+        if found is not self.format:
+            return [*problems, self.misfit(row, found)], None
         if len(self.unknown_fields) < 10 * _NAMED_FIELDS:
             self.unknown_fields |= {plain(name) for name in self.format.unknown_fields(row.value)}
         try:
-            messages = self.format.parse(row.value)
+            parsed = self.format.parse(row.value)
         except InvalidInput as error:
-            return [*problems, *error.problems], []
-        return problems, messages
+            return [*problems, *error.problems], None
+        return problems, parsed
 
-    def misfit(self, row: Row) -> Problem:
+    def misfit(self, row: Row, found: Format | None) -> Problem:
         assert self.format is not None
-        other = _detect(row.value)
-        if other is not None:
-            message = f"row {row.number} is {other.name}, row {self.format_row} is {self.format.name}; a file has one format"
-            return Problem("mixed-format", message)
         missing = sorted(self.format.required - row.value.keys())
+        # A row that lacks one field of its format may be whole in the eyes of another that asks for less.
+        is_part = found is None or (missing and (self.format.required - found.required) & row.value.keys())
+        if found is not None and not is_part:
+            message = f"row {row.number} is {found.name}, row {self.format_row} is {self.format.name}; a file has one format"
+            return Problem("mixed-format", message)
         message = f"{', '.join(missing)} missing; the file is {self.format.name} by row {self.format_row}"
         return Problem("missing-field", message, field=missing[0])
 
-    def look_at(self, row: Row, messages: list[Message], length: int) -> None:
+    def look_at(self, row: Row, parsed: Parsed, length: int) -> None:
         """What deserves a look in a row that can be used."""
         found: list[Problem] = []
-        first = self.seen_rows.setdefault(_fingerprint(messages), row.number)
+        first = self.seen_rows.setdefault(_fingerprint(parsed), row.number)
         if first != row.number:
             self.duplicates += 1
             found.append(Problem("duplicate-row", f"the same as row {first}"))
@@ -136,9 +139,11 @@ class _Judge:
             first = self.seen_ids.setdefault(_fingerprint(repr(identity)), row.number)
             if first != row.number:
                 found.append(Problem("duplicate-id", f"the id {shown(identity)} is row {first}'s too", field="id"))
-        if messages[-1].role == "user":
+        if isinstance(parsed, list) and parsed[-1].role == "user":
             found.append(Problem("ends-with-user", "the last message is the user's; it teaches nothing"))
-        if length > LONG_ROW_CHARACTERS:
+        if isinstance(parsed, list) and not any(message.weight for message in parsed if message.role == "assistant"):
+            found.append(Problem("no-weight", "every answer has weight 0; only train_on everything learns from this row"))
+        if length > LONG_ROW_CHARACTERS and not isinstance(parsed, PlainText):
             found.append(Problem("long-row", f"{length} characters; it will be cut at the job's max_length"))
         for problem in found:
             self.warn(replace(problem, row=row.number, line=row.line))
@@ -158,6 +163,7 @@ class _Judge:
         broken = [_as_record(problem) for problem in broken_by]
         return DatasetReport(
             format=self.format.name if self.format else None,
+            kind=self.format.kind if self.format else None,
             rows=self.rows,
             usable_rows=0 if broken else self.usable,
             turns=0 if broken else self.turns,
@@ -172,6 +178,23 @@ class _Judge:
 
 def _detect(row: dict[str, Any]) -> Format | None:
     return next((known for known in FORMATS.values() if known.matches(row)), None)
+
+
+def _refusals(row: dict[str, Any], *formats: Format | None) -> list[Problem]:
+    known = {name for shape in formats if shape for name in shape.required}
+    found = {name: why for name, why in _REFUSED_FIELDS.items() if row.get(name) and name not in known}
+    name = row.get("file_name")  # a list of captions looks like texts with a name each
+    if isinstance(name, str) and _MEDIA_FILE.search(name):
+        found["file_name"] = _MEDIA
+    return [Problem(code, message, field=name) for name, (code, message) in found.items()]
+
+
+def _size(parsed: Parsed) -> tuple[int, int]:
+    """(messages, characters)."""
+    if isinstance(parsed, PlainText):
+        return 0, len(parsed.text)
+    messages = [*parsed.prompt, parsed.chosen, parsed.rejected] if isinstance(parsed, Preference) else parsed
+    return len(messages), sum(len(message.content) for message in messages)
 
 
 def _no_format(row: Row) -> Problem:

@@ -1,45 +1,73 @@
-"""One pass over the held-out rows: what the model would have to pay, in nats, for answers it was never trained on.
+"""One pass over the held-out examples: what the model would have to pay for answers it was never trained on.
 
-Only measures; which rows are held out is decided by `core.train.batches`.
+Only measures; which examples are held out is decided by `core.train.batches`, what a loss is by the objective.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
-from core.eval.nats import trained_nats
-from core.eval.rows import Row, collate
+from core.eval.layout import Layout
+from core.eval.rows import Example, MicroBatch
+
+
+class ExampleLosses(Protocol):
+    """What an objective's loss returns for E examples (core.train.losses)."""
+
+    @property
+    def sums(self) -> torch.Tensor: ...
+
+    @property
+    def terms(self) -> torch.Tensor: ...
+
+    @property
+    def curves(self) -> dict[str, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The held-out examples, in order."""
+
+    losses: list[tuple[float, int]]  # (summed loss, terms)
+    curves: dict[str, float]  # means over the examples
+
+    @property
+    def terms(self) -> int:
+        return sum(terms for _, terms in self.losses)
+
+    @property
+    def loss(self) -> float:
+        return sum(total for total, _ in self.losses) / self.terms
 
 
 @torch.no_grad()
-def evaluate_rows(
+def evaluate(
     model: Any,
-    rows: Sequence[Row],
+    examples: Sequence[Example],
     *,
-    micro_batch_size: int,
+    loss: Callable[[Any, MicroBatch], ExampleLosses],
+    layout: Layout,
     device: torch.device,
     compute: Callable[[], AbstractContextManager[Any]],
-) -> list[tuple[float, int]]:
-    """Per row, in order: (summed nats, trained tokens). `compute` gives the context of a forward pass, as in training.
-
-    Rows are grouped by length to save padding. The model's mode is put back as it was found.
-    """
+) -> Measured:
+    """`compute` gives the context of a forward pass, as in training. The model's mode is put back as it was found."""
     was_training = model.training
     model.eval()
-    results: list[tuple[float, int]] = [(0.0, 0)] * len(rows)
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number][0]))
+    losses: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
+    curves: dict[str, float] = {}
+    places = {id(example): number for number, example in enumerate(examples)}
     try:
-        for first in range(0, len(order), micro_batch_size):
-            numbers = order[first : first + micro_batch_size]
-            batch = collate([rows[number] for number in numbers], device)
+        for micro_batch in layout.split(examples):
             with compute():
-                nats, row = trained_nats(model, batch)
-            sums = torch.zeros(len(numbers), device=device).index_add_(0, row, nats).tolist()
-            counts = torch.bincount(row, minlength=len(numbers)).tolist()
-            for number, total, count in zip(numbers, sums, counts, strict=True):
-                results[number] = (total, count)
+                found = loss(model, layout.collate(micro_batch, device))
+            sums, terms = found.sums.tolist(), found.terms.tolist()
+            for example, total, count in zip(micro_batch, sums, terms, strict=True):
+                losses[places[id(example)]] = (total, count)
+            for name, values in found.curves.items():
+                curves[name] = curves.get(name, 0.0) + float(values.sum()) / len(examples)
     finally:
         model.train(was_training)
-    return results
+    return Measured(losses, curves)

@@ -18,26 +18,32 @@ LOGITS_PER_CHUNK = 1 << 26
 
 
 def trained_nats(model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(nats fp32 [N], row int64 [N]): the loss of each of the batch's N trained tokens, and the row it stands in.
+    """(nats fp32 [N], sequence int64 [N]): the loss of each of the batch's N trained tokens, and the sequence it stands in.
 
     `model` is a causal LM of transformers, with or without peft, whose head is applied to the decoder's last hidden state
-    unscaled, as in every family of the catalogue.
+    as in every family of the catalogue. A packed batch needs the attention of `core.models.documents`.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal_lm.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    packed = {} if batch.documents is None else batch.documents.attention_arguments()
+    hidden = causal_lm.get_decoder()(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
     targets = batch.labels[:, 1:]
     place = (targets != IGNORED).flatten().nonzero().squeeze(1)
     wanted = hidden[:, :-1].flatten(0, 1).index_select(0, place)
     labels = targets.flatten().index_select(0, place)
-    nats = _head_nats(causal_lm.get_output_embeddings(), wanted, labels, causal_lm.config.vocab_size)
-    return nats, place // targets.shape[1]
+    nats = _head_nats(causal_lm.get_output_embeddings(), wanted, labels, causal_lm.config)
+    return nats, batch.sequence[:, 1:].flatten().index_select(0, place)
 
 
-def _head_nats(head: Any, hidden: torch.Tensor, labels: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def _head_nats(head: Any, hidden: torch.Tensor, labels: torch.Tensor, config: Any) -> torch.Tensor:
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2's (arXiv 2408.00118)
+
     def nats_of(part: torch.Tensor, part_labels: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(head(part).float(), part_labels, reduction="none")
+        logits = head(part)
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return cross_entropy(logits.float(), part_labels, reduction="none")
 
-    rows = max(1, LOGITS_PER_CHUNK // vocabulary)
+    rows = max(1, LOGITS_PER_CHUNK // config.vocab_size)
     if len(labels) <= rows or not torch.is_grad_enabled():
         parts = [nats_of(h, y) for h, y in zip(hidden.split(rows), labels.split(rows), strict=True)]
     else:

@@ -1,12 +1,14 @@
-"""Token rows as padded tensors.
+"""Token rows as the tensors of one forward pass.
 
 Padding is told by length, never by an id, so that an end-of-turn token that doubles as the padding token keeps its loss. It
 is on the right, where a causal model cannot see it from a real position: no attention mask is needed, and attention takes
-its fastest path.
+its fastest path. Packed rows have no padding at all: they lie end to end in one line, positions start anew with each, and
+the attention of `core.models.documents` keeps them apart.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,32 +20,112 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
+class Example:
+    """What is trained on as one: a single row, or the pair (chosen, rejected) of a preference."""
+
+    sequences: tuple[Row, ...]
+    reference: tuple[float, ...] = ()
+    """Summed log-probability of each sequence under the frozen reference, where the objective has one."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(ids) for ids, _ in self.sequences)
+
+    @property
+    def longest(self) -> int:
+        return max(len(ids) for ids, _ in self.sequences)
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(trained_tokens(row) for row in self.sequences)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the rows of a packed line begin and end."""
+
+    position_ids: torch.Tensor  # int64 [1, N]
+    bounds: torch.Tensor  # int32 [S + 1], on the device: row s is bounds[s] .. bounds[s + 1]
+    longest: int
+
+    def attention_arguments(self) -> dict[str, Any]:
+        """What a decoder's forward passes down to its attention; the names are transformers' own for packed rows."""
+        return {
+            "position_ids": self.position_ids,
+            "cu_seq_lens_q": self.bounds,
+            "cu_seq_lens_k": self.bounds,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """B rows, padded to the longest of them, T."""
+    """E examples of S sequences. Padded: B = S lines of T tokens, the longest's. Packed: B = 1 line of T = all tokens."""
 
     input_ids: torch.Tensor  # int64 [B, T]
     labels: torch.Tensor  # int64 [B, T]; IGNORED where no loss is taken. labels[:, t] belongs to the prediction made at t - 1
+    sequence: torch.Tensor  # int64 [B, T]: the sequence a place belongs to, 0 .. S - 1
+    examples: int
+    sequences: int
+    reference: torch.Tensor | None  # fp32 [S], as in Example
+    documents: Documents | None  # None when padded
     tokens: int  # without padding
-    trained_tokens: int  # labels that count: position 0 has nothing before it and never does
+    trained_tokens: int  # labels that count: the first place of a sequence has nothing before it and never does
 
 
-def collate(rows: Sequence[Row], device: torch.device) -> MicroBatch:
+def collate_padded(examples: Sequence[Example], device: torch.device) -> MicroBatch:
+    rows = [row for example in examples for row in example.sequences]
     longest = max(len(ids) for ids, _ in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    labels = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
+    input_ids = np.zeros((len(rows), longest), np.int64)
+    labels = np.full((len(rows), longest), IGNORED, np.int64)
     for number, (ids, mask) in enumerate(rows):
-        row = torch.from_numpy(ids.astype(np.int64))
-        input_ids[number, : len(row)] = row
-        labels[number, : len(row)] = torch.where(torch.from_numpy(mask.astype(bool)), row, IGNORED)
+        input_ids[number, : len(ids)] = ids
+        labels[number, : len(ids)] = np.where(mask != 0, ids, IGNORED)
     labels[:, 0] = IGNORED
-    return MicroBatch(
-        input_ids=input_ids.to(device),
-        labels=labels.to(device),
-        tokens=sum(len(ids) for ids, _ in rows),
-        trained_tokens=int((labels != IGNORED).sum()),
+    sequence = np.repeat(np.arange(len(rows))[:, None], longest, axis=1)
+    return _batch(examples, input_ids, labels, sequence, None, device)
+
+
+def collate_packed(examples: Sequence[Example], device: torch.device) -> MicroBatch:
+    rows = [row for example in examples for row in example.sequences]
+    lengths = [len(ids) for ids, _ in rows]
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    input_ids = np.concatenate([ids for ids, _ in rows]).astype(np.int64)
+    labels = np.where(np.concatenate([mask for _, mask in rows]) != 0, input_ids, IGNORED)
+    labels[bounds[:-1]] = IGNORED  # what the row before would have to predict
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    documents = Documents(
+        position_ids=torch.from_numpy(positions[None]).to(device),
+        bounds=torch.from_numpy(bounds).to(device),
+        longest=max(lengths),
     )
+    sequence = np.repeat(np.arange(len(rows)), lengths)
+    return _batch(examples, input_ids[None], labels[None], sequence[None], documents, device)
 
 
 def trained_tokens(row: Row) -> int:
     """Tokens of a row that carry loss."""
     return int(np.count_nonzero(row[1][1:]))
+
+
+def _batch(
+    examples: Sequence[Example],
+    input_ids: np.ndarray,
+    labels: np.ndarray,
+    sequence: np.ndarray,
+    documents: Documents | None,
+    device: torch.device,
+) -> MicroBatch:
+    reference = [value for example in examples for value in example.reference]
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids).to(device),
+        labels=torch.from_numpy(labels).to(device),
+        sequence=torch.from_numpy(sequence).to(device),
+        examples=len(examples),
+        sequences=sum(len(example.sequences) for example in examples),
+        reference=torch.tensor(reference, dtype=torch.float32, device=device) if reference else None,
+        documents=documents,
+        tokens=sum(example.tokens for example in examples),
+        trained_tokens=int(np.count_nonzero(labels != IGNORED)),
+    )

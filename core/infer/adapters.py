@@ -4,11 +4,13 @@ Not safe for two threads: the engine's thread alone loads, activates and runs. W
 decided elsewhere (`serving/verify.py`).
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 
 from core.adapter import BaseIdentity
 from core.errors import ArtifactError
@@ -59,7 +61,10 @@ class AdaptedBase:
     def _drop(self, adapter: str) -> None:
         if self._peft is not None and set(self._peft.peft_config) - {adapter}:
             if adapter in self._peft.peft_config:
-                self._peft.delete_adapter(adapter)
+                with warnings.catch_warnings():
+                    # peft activates another in its place, and says so; the next line decides that.
+                    warnings.filterwarnings("ignore", message=".* was active which is now deleted")
+                    self._peft.delete_adapter(adapter)
             self._switch(self._active)
         else:
             # peft changes the model in place even where it raises; a second wrap over its layers would nest them.
@@ -68,9 +73,11 @@ class AdaptedBase:
     def _unwrap(self) -> None:
         self._peft, self._active = None, None
         for path, module in list(self.model.named_modules()):
+            parent, _, name = path.rpartition(".")
             if isinstance(module, BaseTunerLayer):
-                parent, _, name = path.rpartition(".")
                 setattr(self.model.get_submodule(parent), name, module.get_base_layer())
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                setattr(self.model.get_submodule(parent), name, module.original_module)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         self.model.requires_grad_(False)

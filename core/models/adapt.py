@@ -1,55 +1,101 @@
 """What is trained on top of a base, how it is written down, and how it is read back.
 
-LoRA (arXiv 2106.09685) by peft with fp32 adapter weights over whatever dtype the base has; full tuning writes a plain model
-folder. Nothing here trains or generates. Walk of a job: attach after `load_base`, save when the loop has ended; the
-endpoint calls `load_adapter` with the same folder.
+Adapters are peft's, with fp32 weights over whatever dtype the base has; full tuning writes a plain model folder. Whatever the
+tuning, an adapter folder holds plain LoRA (arXiv 2106.09685; DoRA, 2402.09353, where that was asked for): the ways to start
+(`start.py`) and MoRA (`mora.py`) are written as the LoRA they equal. Nothing here trains or generates. Walk of a job: attach
+after `load_base`, save when the loop has ended; the endpoint calls `load_adapter` with the same folder.
 """
 
 import json
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from core.catalog import FAMILIES
 from core.errors import ArtifactError, BadSpec
 from core.model_folder import TOKENIZER_FILES
-from core.spec import LoraTuning
+from core.models import mora, start
+from core.models.embeddings import TIED_WARNING, embedding_paths, install_embeddings, trained_modules
+from core.models.targets import find_targets, leaf, peft_pattern
+from core.spec import LoraTuning, MoraTuning
+from core.tuning import Shapes, match_patterns, mora_size, tuning_problems
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 _TRAINED = "default"
+_PREFIX = "base_model.model."
 
 
-def attach_lora(model: Any, tuning: LoraTuning, model_name: str) -> PeftModel:
-    """Put trainable fp32 adapters on a frozen base. Raises BadSpec for target names that are no linear module of it."""
+def attach_adapter(model: Any, tuning: LoraTuning | MoraTuning, model_name: str) -> PeftModel:
+    """Put a trainable fp32 adapter on a frozen base, which computes what it did until the first step.
+
+    Raises BadSpec for target names that are no linear module of the model, for patterns that match none of the targets or
+    contradict each other, and for a rank that the asked start can't have.
+    """
+    targets = find_targets(model, tuning.target_modules)
+    shapes = {path: (module.in_features, module.out_features) for path, module in targets.items()}
+    if problems := tuning_problems(tuning, shapes):
+        raise BadSpec("; ".join(f"{str(problem.pointer)[1:].replace('/', '.', 1)}: {problem.message}" for problem in problems))
+    if isinstance(tuning, MoraTuning):
+        return _attach_mora(model, tuning, shapes, model_name)
+    ranks = dict.fromkeys(shapes, tuning.rank) | match_patterns(tuning.rank_pattern, shapes)[0]
+    alphas = dict.fromkeys(shapes, tuning.alpha) | match_patterns(tuning.alpha_pattern, shapes)[0]
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha,
+        rank_pattern=peft_pattern(ranks, tuning.rank),
+        alpha_pattern=peft_pattern(alphas, tuning.alpha),
         lora_dropout=tuning.dropout,
-        target_modules=_target_modules(model, tuning),
+        target_modules=list(dict.fromkeys(map(leaf, shapes))),
+        use_rslora=tuning.rslora,
+        use_dora=tuning.dora,
+        modules_to_save=embedding_paths(model) if tuning.train_embeddings else None,
         bias="none",
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-    # peft fills in the path the base was loaded from; a result names its base, never a folder of the machine.
-    config.base_model_name_or_path = model_name
+    adapted = _wrapped(model, config, model_name)
+    if tuning.init != "default":
+        for _, layer in _layers(adapted):
+            start.install_start(layer, _TRAINED, tuning.init)
+    if tuning.train_embeddings:
+        install_embeddings(adapted, _TRAINED)
     return adapted
 
 
+def saved_rank(model: PeftModel) -> int:
+    """Largest rank in the folder that `save_lora` will write."""
+    return max(_rank(layer) for _, layer in _layers(model))
+
+
 def save_lora(model: PeftModel, folder: Path) -> None:
-    """Write the adapter in peft's format: adapter_config.json and fp32 adapter_model.safetensors."""
+    """Write the adapter as plain LoRA in peft's format: adapter_config.json and fp32 adapter_model.safetensors.
+
+    Embedding and head, where they were trained, are written in the base's dtype.
+    """
     tensors = get_peft_model_state_dict(model, adapter_name=_TRAINED, save_embedding_layers=False)
-    save_file(
-        {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()},
-        folder / ADAPTER_WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for path, layer in _layers(model):
+        down, up, alphas[path] = _as_lora(layer)
+        ranks[path] = _rank(layer)
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = down
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = up
+    for path, wrapper in trained_modules(model.get_base_model()).items():
+        name = f"{_PREFIX}{path}.weight"
+        tensors[name] = tensors[name].to(wrapper.original_module.weight.dtype)
+    # A copy each: the format refuses shared memory, and a tied embedding stands under two names.
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    save_file(copies, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = model.peft_config[_TRAINED].to_dict()
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    config |= {"r": rank, "rank_pattern": peft_pattern(ranks, rank)}
+    config |= {"lora_alpha": alpha, "alpha_pattern": peft_pattern(alphas, alpha)}
     config["inference_mode"] = True
     for name, value in config.items():
         if isinstance(value, set):
@@ -92,13 +138,17 @@ def load_adapter(base_model: Any, folder: Path, adapter_name: str) -> PeftModel:
     device = str(base_model.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # below it is an error
-        if isinstance(base_model, PeftModel):
-            adapted = base_model
-            adapted.load_adapter(str(folder), adapter_name=adapter_name, is_trainable=False, torch_device=device)
-        else:
-            adapted = PeftModel.from_pretrained(
-                base_model, str(folder), adapter_name=adapter_name, is_trainable=False, torch_device=device
-            )
+        warnings.filterwarnings("ignore", message=TIED_WARNING)
+        try:
+            if isinstance(base_model, PeftModel):
+                adapted = base_model
+                adapted.load_adapter(str(folder), adapter_name=adapter_name, is_trainable=False, torch_device=device)
+            else:
+                adapted = PeftModel.from_pretrained(
+                    base_model, str(folder), adapter_name=adapter_name, is_trainable=False, torch_device=device
+                )
+        except KeyError as error:
+            raise ArtifactError(f"{folder.name}: the adapter's config asks for {error}, which is not in the file") from None
     stored = load_file(path)
     loaded = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
     missing = sorted(set(loaded) - set(stored))
@@ -114,20 +164,53 @@ def load_adapter(base_model: Any, folder: Path, adapter_name: str) -> PeftModel:
     return adapted
 
 
-def _target_modules(model: Any, tuning: LoraTuning) -> list[str]:
-    linear: set[str] = set()
-    other: set[str] = set()
-    for path, module in model.named_modules():
-        (linear if isinstance(module, torch.nn.Linear) else other).add(path.rpartition(".")[2])
-    if tuning.target_modules == "all-linear":
-        architecture = model.config.architectures[0]
-        names = list(FAMILIES[architecture].linear_modules)
-    else:
-        names = list(dict.fromkeys(tuning.target_modules))
-    if not names:
-        raise BadSpec("tuning.target_modules: the list is empty")
-    wrong = [name for name in names if name not in linear]
-    if wrong:
-        reasons = ", ".join(f"{n} (not linear)" if n in other else f"{n} (not there)" for n in wrong)
-        raise BadSpec(f"tuning.target_modules: {reasons}; linear modules of this model: {', '.join(sorted(linear))}")
-    return names
+def _attach_mora(model: Any, tuning: MoraTuning, shapes: Shapes, model_name: str) -> PeftModel:
+    sizes = {path: mora_size(inputs, outputs, tuning.rank) for path, (inputs, outputs) in shapes.items()}
+    largest = max(sizes.values())
+    pattern = peft_pattern(sizes, largest)
+    config = LoraConfig(
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=pattern,
+        alpha_pattern=pattern,  # alpha = rank everywhere: a scale of 1
+        target_modules=list(dict.fromkeys(map(leaf, shapes))),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    # Without memory: LoRA of so high a rank would take many times what the squares do that replace it.
+    adapted = _wrapped(model, config, model_name, low_cpu_mem_usage=True)
+    for _, layer in _layers(adapted):
+        mora.install_square(layer, _TRAINED, tuning.rank)
+    return adapted
+
+
+def _wrapped(model: Any, config: LoraConfig, model_name: str, **options: Any) -> PeftModel:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=TIED_WARNING)
+        adapted = get_peft_model(model, config, adapter_name=_TRAINED, autocast_adapter_dtype=True, **options)
+    # peft fills in the path the base was loaded from; a result names its base, never a folder of the machine.
+    config.base_model_name_or_path = model_name
+    return adapted
+
+
+def _layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
+    """(path in the plain model, LoRA layer) of every module that the trained adapter stands on."""
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and _TRAINED in module.lora_A:
+            yield path, module
+
+
+def _rank(layer: Any) -> int:
+    rank: int = layer.r[_TRAINED]
+    return 2 * rank if isinstance(layer.lora_A[_TRAINED], start.Down) else rank
+
+
+def _as_lora(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(A, B, alpha) that give the layer's update in a folder which scales as the adapter's config says."""
+    down, up, alpha = layer.lora_A[_TRAINED], layer.lora_B[_TRAINED], layer.lora_alpha[_TRAINED]
+    if isinstance(down, mora.SharedSquare):
+        return *mora.as_lora(down, up), alpha
+    if isinstance(down, start.Down):
+        # At twice the rank; the scale is alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+        return *start.as_lora(down, up), alpha * (2**0.5 if layer.use_rslora[_TRAINED] else 2)
+    return down.weight.detach(), up.weight.detach(), alpha

@@ -22,9 +22,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from core.errors import InvalidInput, Problem
 from core.manifest import MANIFEST, closed_folder
-from core.model_folder import read_model_facts
-
-MODEL_KIND = "model"
+from core.model_folder import MODEL_KIND, read_model_facts
 
 _BLOCK_NAMES = {
     "attn_norm": "input_layernorm",

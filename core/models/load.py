@@ -2,9 +2,11 @@
 
 Both sides of the seam call `load_base`, so the weights an adapter was trained on and those it is served on get the same
 dtypes, the same quantisation and the same attention. It knows nothing about adapters (`adapt.py`) and never reaches a
-network, a pickle or a model's own code. Walk of a job: the child's first heavy step, after the spec is read.
+network or a pickle, nor a model's own code unless it is told that the operator allows it (`remote_code.py`). Walk of a job:
+the child's first heavy step, after the spec is read.
 """
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +17,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from core.adapter import BaseIdentity
+from core.adapter import BaseIdentity, Quantization
+from core.catalog import attention_kind
 from core.errors import BadSpec
+from core.models.remote_code import check_remote_code, load_remote_code
+from core.spec import Fp4Quantization, Nf4Quantization
+from core.spec import Quantization as WantedQuantization
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 ComputeDtype = Literal["bf16", "fp16", "fp32"]
-Quantization = Literal["none", "nf4", "nf4-double"]
 
 DTYPES: dict[ComputeDtype, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -42,39 +47,62 @@ def load_base(
     quantization: Quantization,
     precision: Precision,
     device: torch.device,
+    allow_remote_code: bool = False,
 ) -> LoadedBase:
     """Load a model folder with every parameter frozen, in eval mode.
 
     `name` and `weights` are what the registry holds; they go into the identity unchecked. With `quantization` the linear
-    layers are NF4 (QLoRA, arXiv 2305.14314) and all else keeps the compute dtype: nothing is raised to fp32, which would
-    double the memory of embeddings and head. Raises BadSpec for a precision that the device lacks.
+    layers but the head are 4-bit (QLoRA, arXiv 2305.14314) or 8-bit (LLM.int8(), 2208.07339) and all else keeps the compute
+    dtype: nothing is raised to fp32, which would double the memory of embeddings and head. `allow_remote_code` is the word of
+    the model's registration, never of a spec. Raises BadSpec for a precision that the device lacks and for a model whose own
+    code doesn't do what is needed of it.
     """
     _silence_libraries()
     compute = resolve_precision(precision, device)
     dtype = DTYPES[compute]
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": {"": device},
+        "trust_remote_code": False,  # unset, transformers asks on stdin
+        "use_safetensors": True,
+        "local_files_only": True,
+    }
     if quantization != "none":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=quantization == "nf4-double",
-            bnb_4bit_compute_dtype=dtype,
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder,
-        dtype=dtype,
-        device_map={"": device},
-        attn_implementation="sdpa",
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-        **options,
-    )
+        options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
+    if allow_remote_code:
+        model = load_remote_code(model_folder, options)
+    else:
+        config = json.loads((model_folder / "config.json").read_text())
+        attention = attention_kind((config.get("architectures") or ["unknown"])[0], config)
+        model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation=attention, **options)
     _keep_cpu_gradients(model)
     model.requires_grad_(False)
     model.eval()
+    if allow_remote_code:
+        check_remote_code(model, name)
     identity = BaseIdentity(model=name, weights=weights, quantization=quantization, compute_dtype=compute)
     return LoadedBase(model, identity, device)
+
+
+def quantization_name(wanted: WantedQuantization) -> Quantization:
+    """What a spec asks for, by the name an identity uses."""
+    if isinstance(wanted, Nf4Quantization):
+        return "nf4-double" if wanted.double_quantization else "nf4"
+    if isinstance(wanted, Fp4Quantization):
+        return "fp4-double" if wanted.double_quantization else "fp4"
+    return wanted.kind
+
+
+def dequantized_weight(linear: torch.nn.Linear) -> torch.Tensor:
+    """fp32 [outputs, inputs]: the weight of a linear layer, quantised or not, as its forward pass multiplies with it."""
+    if isinstance(linear, bitsandbytes.nn.Linear4bit):
+        weight = bitsandbytes.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+        return weight.to(torch.float32)
+    if isinstance(linear, bitsandbytes.nn.Linear8bitLt):
+        # The scale of each row moves from the weight to the layer's state in the first forward pass.
+        scales = linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB
+        return linear.weight.data.to(torch.float32) * (scales.to(torch.float32)[:, None] * (1.0 / 127.0))
+    return linear.weight.detach().to(torch.float32, copy=True)
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> ComputeDtype:
@@ -102,6 +130,18 @@ def pick_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
         raise BadSpec("device: a GPU was asked for and none is visible")
     use_cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
     return torch.device("cuda", 0) if use_cuda else torch.device("cpu")
+
+
+def _bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    kind, _, double = quantization.partition("-")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double == "double",
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _keep_cpu_gradients(model: Any) -> None:

@@ -1,29 +1,35 @@
 """Which rows a step trains on: the split, the order of every epoch, and where a run stands in it.
 
-Rows come as tokens and loss masks from caches that the preparer wrote; nothing is tokenised here. Everything is a pure
+Examples come as tokens and loss masks from caches that the preparer wrote; nothing is tokenised here. Everything is a pure
 function of (caches, seed, step), so the number of finished steps *is* the position in the data and a resume needs no more.
+How a step is cut into micro-batches is the layout's business (`core.eval.layout`).
 """
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from core.errors import BadData, NoTrainableTokens
-from core.eval.rows import Row, trained_tokens
+from core.eval.rows import Example, Row, trained_tokens
 from core.plan import count_steps
 from core.spec import BatchSpec, ScheduleSpec
 
+Place = tuple[int, int]
+"""(dataset, example in its cache)"""
+
+_STEPS_SORTED_TOGETHER = 50
+
 
 class Rows(Protocol):
-    """A token cache, open."""
+    """A token cache, open. An example is one row, or the pair (chosen, rejected)."""
 
     def __len__(self) -> int: ...
 
-    def row(self, number: int, /) -> Row: ...
+    def example(self, number: int, /) -> tuple[Row, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,9 @@ class WeightedRows:
 
 @dataclass(frozen=True)
 class _Source:
-    rows: Rows
-    numbers: np.ndarray  # row numbers that may be trained on
-    draws: int  # rows drawn per epoch
+    dataset: int
+    numbers: np.ndarray  # examples that may be trained on
+    draws: int  # examples drawn per epoch
 
 
 class TrainingRows:
@@ -44,7 +50,7 @@ class TrainingRows:
 
     Held-out rows are drawn by the seed from the distinct contents of all datasets: rows with equal tokens and mask all
     leave the training split with the one that is held out. Raises NoTrainableTokens when no row has a target, BadData when
-    `eval_rows` leaves none to train on.
+    `eval_rows` leaves none to train on. "Row" means example throughout: a preference's pair counts as one.
     """
 
     def __init__(self, datasets: Sequence[WeightedRows], *, eval_rows: int, batch: BatchSpec, seed: int) -> None:
@@ -57,79 +63,106 @@ class TrainingRows:
         groups = list(contents.values())
         held = [groups[i] for i in sorted(order[:eval_rows])]
         gone = {place for group in held for place in group}
-        self.eval_rows: list[Row] = [datasets[d].rows.row(n) for (d, n), *_ in held]
+        self._datasets = [dataset.rows for dataset in datasets]
+        self._references: list[np.ndarray] | None = None
+        self._held = [places[0] for places in held]
+        self.eval_count = len(held)
         kept = sorted(place for group in groups for place in group if place not in gone)
         self._sources = []
         for number, dataset in enumerate(datasets):
             numbers = np.array([n for d, n in kept if d == number], dtype=np.int64)
             if len(numbers):
                 draws = max(1, round(dataset.weight * len(numbers)))
-                self._sources.append(_Source(dataset.rows, numbers, draws))
+                self._sources.append(_Source(number, numbers, draws))
         self.train_rows = len(kept)
+        self.distinct_rows = len(contents) - len(held)
         self.rows_per_epoch = sum(source.draws for source in self._sources)
         self.fingerprint = _fingerprint(contents, seed, [dataset.weight for dataset in datasets])
         self._seed = seed
-        self._micro_batch_size = batch.micro_batch_size
-        self._rows_per_step = batch.micro_batch_size * batch.gradient_accumulation_steps
-        self._epoch: tuple[int, list[tuple[int, int]]] = (-1, [])
+        self._group_by_length = batch.group_by_length
+        self.rows_per_step = batch.micro_batch_size * batch.gradient_accumulation_steps
+        self._epoch: tuple[int, list[Place]] = (-1, [])
+
+    @property
+    def eval_rows(self) -> list[Example]:
+        return [self._example(place) for place in self._held]
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.rows_per_epoch / self._rows_per_step)
+        return math.ceil(self.rows_per_epoch / self.rows_per_step)
 
     def total_steps(self, schedule: ScheduleSpec) -> int:
-        return count_steps(self.rows_per_epoch, self._rows_per_step, schedule)
+        return count_steps(self.rows_per_epoch, self.rows_per_step, schedule)
 
     def epochs_at(self, step: int) -> float:
         """Passes over the data after `step` steps. The last step of an epoch may hold fewer rows than the others."""
         whole, rest = divmod(step, self.steps_per_epoch)
-        return whole + rest * self._rows_per_step / self.rows_per_epoch
+        return whole + rest * self.rows_per_step / self.rows_per_epoch
 
-    def step_rows(self, step: int) -> list[list[Row]]:
-        """The micro-batches of step 1, 2, ...: rows of like length together, the longest first."""
+    def step_rows(self, step: int) -> list[Example]:
+        """The examples of step 1, 2, ...: the step's whole batch, whatever is in memory at once."""
         epoch, window = divmod(step - 1, self.steps_per_epoch)
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._order_of(epoch))
-        first = window * self._rows_per_step
-        places = self._epoch[1][first : first + self._rows_per_step]
-        rows = [self._sources[source].rows.row(number) for source, number in places]
-        rows.sort(key=lambda row: -len(row[0]))
-        size = self._micro_batch_size
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
+        first = window * self.rows_per_step
+        return [self._example(place) for place in self._epoch[1][first : first + self.rows_per_step]]
 
-    def first_row(self) -> Row:
-        source, number = self._order_of(0)[0]
-        return self._sources[source].rows.row(number)
+    def first_row(self) -> Example:
+        return self._example(self._order_of(0)[0])
 
-    def _order_of(self, epoch: int) -> list[tuple[int, int]]:
+    def measure_references(self, measure: Callable[[list[Example]], list[tuple[float, ...]]]) -> None:
+        """Ask once for the reference log-probabilities of every example that will be trained on or held out."""
+        places = sorted({*self._held, *((s.dataset, int(n)) for s in self._sources for n in s.numbers)})
+        width = len(self._datasets[places[0][0]].example(places[0][1]))
+        references = [np.full((len(rows), width), np.nan) for rows in self._datasets]
+        for (dataset, number), values in zip(places, measure([self._example(place) for place in places]), strict=True):
+            references[dataset][number] = values
+        self._references = references
+
+    def _example(self, place: Place) -> Example:
+        dataset, number = place
+        reference = () if self._references is None else tuple(self._references[dataset][number].tolist())
+        return Example(self._datasets[dataset].example(number), reference)
+
+    def _order_of(self, epoch: int) -> list[Place]:
         rng = np.random.default_rng([self._seed, 1, epoch])
-        drawn = []
-        for index, source in enumerate(self._sources):
+        drawn: list[Place] = []
+        for source in self._sources:
             whole, rest = divmod(source.draws, len(source.numbers))
             extra = rng.permutation(source.numbers)[:rest]
-            drawn += [(index, int(number)) for number in (*np.tile(source.numbers, whole), *extra)]
-        return [drawn[i] for i in rng.permutation(len(drawn))]
+            drawn += [(source.dataset, int(number)) for number in (*np.tile(source.numbers, whole), *extra)]
+        order = [drawn[i] for i in rng.permutation(len(drawn))]
+        return self._grouped(order, rng) if self._group_by_length else order
+
+    def _grouped(self, order: list[Place], rng: np.random.Generator) -> list[Place]:
+        """Neighbours of like length, the steps in an order of chance; what does not fill a step stays last."""
+        span = self.rows_per_step * _STEPS_SORTED_TOGETHER
+        size = self.rows_per_step
+        steps: list[list[Place]] = []
+        for begin in range(0, len(order), span):
+            part = sorted(order[begin : begin + span], key=lambda place: -self._example(place).longest)
+            steps += [part[i : i + size] for i in range(0, len(part), size)]
+        short = [steps.pop()] if len(steps[-1]) < size else []
+        return [place for i in rng.permutation(len(steps)) for place in steps[i]] + [p for step in short for p in step]
 
 
-def _by_content(datasets: Sequence[WeightedRows]) -> dict[bytes, list[tuple[int, int]]]:
-    """Digest of (ids, mask) -> the (dataset, row) places that hold it, rows without a target left out."""
-    contents: dict[bytes, list[tuple[int, int]]] = {}
-    for place, row in _all_rows(datasets):
-        if trained_tokens(row):
-            ids, mask = row
-            digest = hashlib.sha256(ids.astype("<i4").tobytes())
-            digest.update(mask.astype(np.uint8).tobytes())
-            contents.setdefault(digest.digest(), []).append(place)
+def _by_content(datasets: Sequence[WeightedRows]) -> dict[bytes, list[Place]]:
+    """Digest of (ids, mask) -> the places that hold it, examples without a target left out."""
+    contents: dict[bytes, list[Place]] = {}
+    for number, dataset in enumerate(datasets):
+        for row in range(len(dataset.rows)):
+            sequences = dataset.rows.example(row)
+            if not all(trained_tokens(sequence) for sequence in sequences):
+                continue
+            digest = hashlib.sha256()
+            for ids, mask in sequences:
+                digest.update(ids.astype("<i4").tobytes())
+                digest.update(mask.astype(np.uint8).tobytes())
+            contents.setdefault(digest.digest(), []).append((number, row))
     return contents
 
 
-def _all_rows(datasets: Sequence[WeightedRows]) -> Iterator[tuple[tuple[int, int], Row]]:
-    for number, dataset in enumerate(datasets):
-        for row in range(len(dataset.rows)):
-            yield (number, row), dataset.rows.row(row)
-
-
-def _fingerprint(contents: dict[bytes, list[tuple[int, int]]], seed: int, weights: list[float]) -> str:
+def _fingerprint(contents: dict[bytes, list[Place]], seed: int, weights: list[float]) -> str:
     digest = hashlib.sha256(repr((seed, weights)).encode())
     for content, places in contents.items():
         digest.update(content)

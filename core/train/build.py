@@ -5,10 +5,8 @@ child has read its run.json, before the first step.
 """
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,20 +17,35 @@ from peft.helpers import disable_input_dtype_casting
 from core.adapter import BaseIdentity
 from core.data.tokenizer import Tokenizer
 from core.data.tokens import TokenCache
-from core.eval.rows import MicroBatch
+from core.errors import BadSpec
+from core.eval.evaluate import evaluate
+from core.eval.layout import Layout, Padded
+from core.eval.rows import Example, MicroBatch
 from core.events import Warned
-from core.models.adapt import attach_lora
-from core.models.load import Quantization, load_base, pick_device, resolve_precision
+from core.models.adapt import attach_adapter
+from core.models.load import load_base, pick_device, quantization_name, resolve_precision
 from core.run import RunInput
-from core.spec import FullTuning, JobSpec, LoraTuning, Nf4Quantization, ScheduleSpec
+from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec
 from core.train.batches import TrainingRows, WeightedRows
 from core.train.device import make_accelerator, seed_everything
-from core.train.losses import LOSSES
+from core.train.losses import LOSSES, ExampleLosses, Loss, sequence_nats
 from core.train.optim import build_optimizer
+from core.train.selection import Selection
+from core.train.tier import (
+    Choice,
+    PackingMismatch,
+    Probe,
+    assert_agreement,
+    choose_tier,
+    enter_packed,
+    layout_of,
+    measure,
+    restored_on_failure,
+)
+from core.train.watchdog import Watchdog
 
 _EXAMPLE_TOKENS = 256
-
-LossFunction = Callable[[Any, MicroBatch], tuple[torch.Tensor, int]]
+_PROBED_EXAMPLES = 4
 
 
 @dataclass
@@ -45,13 +58,25 @@ class Training:
     accelerator: Accelerator
     optimizer: Any
     rows: TrainingRows
-    loss: LossFunction
+    objective: Objective
     schedule: ScheduleSpec
     total_steps: int
     learning_rate: float
     max_grad_norm: float
-    micro_batch_size: int
+    choice: Choice
+    layout: Layout
+    watchdog: Watchdog
+    selection: Selection
     warnings: list[Warned]
+    has_halved: bool = False
+    """The GPU's memory was too small for the layout once; there is no second time."""
+
+    @property
+    def kind(self) -> Loss:
+        return LOSSES[self.objective.kind]
+
+    def loss(self, model: Any, batch: MicroBatch) -> ExampleLosses:
+        return self.kind.function(model, batch, self.objective)
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -80,34 +105,62 @@ class Training:
 
 def build_training(run: RunInput) -> Training:
     """Load, adapt and set up. Raises BadSpec, BadData, NoTrainableTokens, CudaOutOfMemory."""
+    try:
+        return _build(run)
+    except PackingMismatch as mismatch:
+        # From the beginning: a model that kernels were swapped into is not the reference it would now have to be.
+        training = _build(run, plain_because=f"the packed tier disagreed with the plain one: {mismatch}")
+        training.warnings.append(Warned(code="packing_mismatch", message=training.choice.reason))
+        return training
+
+
+def _build(run: RunInput, plain_because: str | None = None) -> Training:
     spec = run.spec
     device = pick_device(run.device)
     caches = [WeightedRows(TokenCache.open(ref.folder), ref.weight) for ref in run.token_caches]
     rows = TrainingRows(caches, eval_rows=spec.data.eval_rows, batch=spec.batch, seed=spec.seed)
     total_steps = rows.total_steps(spec.schedule)
     seed_everything(spec.seed, device)
-    model, base = _tuned_model(run, device)
+    base_model, base = _load(run, device)
+    choice = choose_tier(spec, base_model.config, device, base.compute_dtype)
+    if plain_because is not None:
+        choice = Choice("plain", plain_because)
+    accelerator = make_accelerator(device, base.compute_dtype)
+    if LOSSES[spec.objective.kind].needs_reference:
+        _measure_references(base_model, rows, spec, device, accelerator)
+    model = _tuned(base_model, spec)
     if spec.memory.checkpointing:
         # The re-entrant kind gives frozen bases no gradient at all, and says nothing.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            every_n_layers=spec.memory.checkpointing_every,
+            offload=spec.memory.checkpointing_offload,
+        )
     model.train()
-    accelerator = make_accelerator(device, base.compute_dtype)
-    optimizer = accelerator.prepare_optimizer(build_optimizer(model.named_parameters(), spec.optim, device))
-    return Training(
+    lora_plus_ratio = spec.tuning.lora_plus_ratio if isinstance(spec.tuning, LoraTuning) else None
+    training = Training(
         model=model,
         base=base,
         device=device,
         accelerator=accelerator,
-        optimizer=optimizer,
+        optimizer=accelerator.prepare_optimizer(build_optimizer(model.named_parameters(), spec.optim, device, lora_plus_ratio)),
         rows=rows,
-        loss=partial(LOSSES[spec.objective.kind], objective=spec.objective),
+        objective=spec.objective,
         schedule=spec.schedule,
         total_steps=total_steps,
         learning_rate=spec.optim.learning_rate,
         max_grad_norm=spec.optim.max_grad_norm,
-        micro_batch_size=spec.batch.micro_batch_size,
+        choice=choice,
+        layout=layout_of(spec, choice.tier),
+        watchdog=Watchdog(spec.objective, rows_differ=rows.distinct_rows > rows.rows_per_step),
+        selection=Selection(spec.eval.metric, keep_best=spec.eval.keep_best, early_stopping=spec.eval.early_stopping),
         warnings=_warnings(spec, device, total_steps),
     )
+    if choice.tier == "packed":
+        _enter_packed(training, spec)
+    if spec.memory.compile:
+        _compile_layers(training)
+    return training
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
@@ -120,7 +173,7 @@ def count_parameters(model: Any) -> tuple[int, int]:
 def render_example(run: RunInput, rows: TrainingRows) -> list[tuple[str, bool]]:
     """The start of the first row as it is trained: decoded pieces and whether they carry loss."""
     tokenizer = Tokenizer.from_folder(run.model_folder)
-    ids, mask = (part[:_EXAMPLE_TOKENS].tolist() for part in rows.first_row())
+    ids, mask = (part[:_EXAMPLE_TOKENS].tolist() for part in rows.first_row().sequences[0])
     pieces: list[tuple[list[int], bool]] = []
     for token, trained in zip(ids, mask, strict=True):
         if not pieces or pieces[-1][1] != bool(trained):
@@ -129,14 +182,7 @@ def render_example(run: RunInput, rows: TrainingRows) -> list[tuple[str, bool]]:
     return [(tokenizer.decode(tokens, skip_special=False), trained) for tokens, trained in pieces]
 
 
-def base_options(spec: JobSpec) -> Quantization:
-    """The quantisation by the name an identity uses."""
-    if isinstance(spec.quantization, Nf4Quantization):
-        return "nf4-double" if spec.quantization.double_quantization else "nf4"
-    return "none"
-
-
-def _tuned_model(run: RunInput, device: torch.device) -> tuple[Any, BaseIdentity]:
+def _load(run: RunInput, device: torch.device) -> tuple[Any, BaseIdentity]:
     spec = run.spec
     precision = resolve_precision(spec.memory.precision, device)
     is_full = isinstance(spec.tuning, FullTuning)
@@ -144,15 +190,61 @@ def _tuned_model(run: RunInput, device: torch.device) -> tuple[Any, BaseIdentity
         run.model_folder,
         name=spec.base_model,
         weights=run.model_weights,
-        quantization=base_options(spec),
+        quantization=quantization_name(spec.quantization),
         # Weights that train are kept in fp32: a step of 1e-5 is lost in bf16. Autocast still multiplies in `precision`.
         precision="fp32" if is_full else precision,
         device=device,
+        allow_remote_code=run.allow_remote_code,
     )
-    if isinstance(spec.tuning, LoraTuning):
-        return attach_lora(loaded.model, spec.tuning, spec.base_model), loaded.identity
-    loaded.model.requires_grad_(True)
     return loaded.model, loaded.identity.model_copy(update={"compute_dtype": precision})
+
+
+def _tuned(base_model: Any, spec: JobSpec) -> Any:
+    if isinstance(spec.tuning, FullTuning):
+        base_model.requires_grad_(True)
+        return base_model
+    return attach_adapter(base_model, spec.tuning, spec.base_model)
+
+
+def _measure_references(model: Any, rows: TrainingRows, spec: JobSpec, device: torch.device, accelerator: Accelerator) -> None:
+    """What the base says of every pair before anything of it is trained or adapted: once, instead of in every step."""
+    layout = layout_of(spec, "plain")
+
+    def summed(model: Any, batch: MicroBatch) -> ExampleLosses:
+        return ExampleLosses(sequence_nats(model, batch), torch.ones(batch.sequences), {})
+
+    def measure_all(examples: list[Example]) -> list[tuple[float, ...]]:
+        singles = [Example((row,)) for example in examples for row in example.sequences]
+        found = evaluate(model, singles, loss=summed, layout=layout, device=device, compute=accelerator.autocast)
+        values = [-total for total, _ in found.losses]
+        width = len(examples[0].sequences)
+        return [tuple(values[i : i + width]) for i in range(0, len(values), width)]
+
+    rows.measure_references(measure_all)
+
+
+def _enter_packed(training: Training, spec: JobSpec) -> None:
+    """Switch to the packed tier after a few of the run's rows have gone through both. Raises PackingMismatch."""
+    examples = training.rows.step_rows(1)[:_PROBED_EXAMPLES]
+
+    def measured(layout: Layout) -> Probe:
+        with training.adapters_uncast():
+            return measure(training.model, examples, layout, loss=training.loss, device=training.device, compute=training.compute)
+
+    with restored_on_failure(training.model):
+        plain = measured(Padded(1))
+        done = enter_packed(training.model, training.device)
+        packed = measured(layout_of(spec, "packed"))
+        said = assert_agreement(plain, packed, training.base.compute_dtype)
+    training.choice = Choice("packed", f"{done}; on the first rows {said}")
+
+
+def _compile_layers(training: Training) -> None:
+    if training.device.type != "cuda":
+        raise BadSpec("memory.compile: only offered on a GPU")
+    model = training.model.get_base_model() if isinstance(training.model, PeftModel) else training.model
+    for layer in model.get_decoder().layers:
+        layer.compile(dynamic=True)
 
 
 def _warnings(spec: JobSpec, device: torch.device, total_steps: int) -> list[Warned]:

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on as if nothing had happened: weights, optimizer, chance, scale, position.
+"""Everything a run needs to go on as if nothing had happened: weights, optimizer, chance, scale, position, judgements.
 
 A checkpoint is a closed folder (`core.manifest`) of safetensors and JSON; nothing in it is ever unpickled. On a CPU in fp32
 the losses after a resume equal those of an uninterrupted run bit for bit. Which checkpoints are kept or resumed from is
@@ -18,11 +18,13 @@ from core.errors import ArtifactError
 from core.manifest import closed_folder, read_manifest
 from core.run import CHECKPOINT_KIND
 from core.train.build import Training
+from core.train.device import random_state, set_random_state
 from core.train.optim import optimizer_state, restore_optimizer
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
+BEST_FILE = "best.safetensors"
 STATE_FILE = "state.json"
 
 
@@ -36,15 +38,16 @@ def write_checkpoint(training: Training, folder: Path, *, step: int, job_id: str
         "optimizer": numbers,
         "python": [python_version, list(python_words), python_gauss],
         "numpy": [numpy_name, np.asarray(numpy_words).tolist(), *numpy_rest],
+        "watchdog": training.watchdog.state(),
+        "selection": training.selection.state(),
         "scaler": None if training.accelerator.scaler is None else training.accelerator.scaler.state_dict(),
     }
-    chance = {"torch": torch.get_rng_state()}
-    if training.device.type == "cuda":
-        chance["cuda"] = torch.cuda.get_rng_state(training.device)
     with closed_folder(folder, CHECKPOINT_KIND, facts) as draft:
         save_file(_on_cpu(dict(training.trainable())), draft / WEIGHTS_FILE)
         save_file(_on_cpu(tensors), draft / OPTIMIZER_FILE)
-        save_file(chance, draft / RANDOM_FILE)
+        save_file(random_state(training.device), draft / RANDOM_FILE)
+        if best := training.selection.tensors():
+            save_file(best, draft / BEST_FILE)
         (draft / STATE_FILE).write_text(json.dumps(state))
 
 
@@ -78,10 +81,11 @@ def restore_checkpoint(training: Training, folder: Path, *, spec_digest: str) ->
     random.setstate((python_version, tuple(python_words), python_gauss))
     numpy_name, numpy_words, *numpy_rest = state["numpy"]
     np.random.set_state((numpy_name, np.array(numpy_words, dtype=np.uint32), *numpy_rest))
-    chance = load_file(folder / RANDOM_FILE)
-    torch.set_rng_state(chance["torch"])
-    if training.device.type == "cuda":
-        torch.cuda.set_rng_state(chance["cuda"], training.device)
+    training.watchdog.restore(state["watchdog"])
+    training.selection.restore(state["selection"])
+    if (folder / BEST_FILE).is_file():
+        training.selection.restore_tensors(load_file(folder / BEST_FILE))
+    set_random_state(load_file(folder / RANDOM_FILE), training.device)
     step: int = facts["step"]
     return step
 

@@ -30,14 +30,30 @@ def seed_everything(seed: int, device: torch.device) -> None:
     torch.use_deterministic_algorithms(device.type == "cpu")
 
 
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Where torch's generators stand: what dropout draws from."""
+    state = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 @contextmanager
 def out_of_memory_named(device: torch.device) -> Iterator[None]:
     """Turn the allocator's error into one that says how much was in use and which knobs turn it down."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        peak = torch.cuda.max_memory_allocated(device) / GIB
-        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        peak = total = 0.0
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) / GIB
+            total = torch.cuda.get_device_properties(device).total_memory / GIB
         raise CudaOutOfMemory(
             f"the GPU ran out of memory: {peak:.2f} GiB of tensors at the peak, {total:.2f} GiB on the device. "
             "Lower batch.micro_batch_size (and raise batch.gradient_accumulation_steps by the same factor), "

@@ -12,18 +12,19 @@ from pathlib import Path
 
 import torch
 
-from core.errors import Diverged, RunError
-from core.eval.evaluate import evaluate_rows
-from core.eval.rows import collate
+from core.errors import Diverged, Doomed, RunError
+from core.eval.rows import Example
 from core.events import AdapterWritten, CheckpointWritten, ChildEvent, Ended, Evaluation, PhaseChanged, Started, Step, Warned
 from core.run import RunInput
 from core.states import Phase, Reason
 from core.train.build import Training, build_training, count_parameters, render_example
 from core.train.checkpoint import restore_checkpoint, write_checkpoint
-from core.train.device import out_of_memory_named
+from core.train.device import out_of_memory_named, random_state, set_random_state
+from core.train.examine import Examination, examine, prepare_examination
 from core.train.meters import StepClock, memory_gib
 from core.train.optim import learning_rate_factor
 from core.train.result import write_result
+from core.train.watchdog import say_checkpoint
 
 RESULT_FOLDER = "adapter"
 _OVERFLOWS_ALLOWED = 16
@@ -45,18 +46,22 @@ def train(run: RunInput, run_dir: Path, should_stop: Callable[[], bool]) -> Iter
     yield from training.warnings
     yield _started(training, run, first_step=done + 1)
 
-    saved = done  # a checkpoint holds this step, or it is the beginning
-    total = training.total_steps
+    asked = prepare_examination(training, run)
+    selection, total = training.selection, training.total_steps
+    checkpoints = [done]  # steps that one was written after; a run's beginning counts as one
     evaluation: Evaluation | None = None
     clock = StepClock()
+
+    def last_good(before: int) -> str:
+        return say_checkpoint(before, [step for step in checkpoints if step], run.spec.checkpoints.keep)
+
     with out_of_memory_named(training.device):
-        if done == 0 and training.rows.eval_rows:
-            yield PhaseChanged(phase=Phase.EVALUATING)
-            yield _evaluation(training, step=0)
+        if done == 0 and training.rows.eval_count:
+            yield from _evaluation(training, asked, step=0)
         yield PhaseChanged(phase=Phase.TRAINING)
-        while done < total:
+        while done < total and not selection.should_stop:
             if should_stop():
-                if saved != done:
+                if checkpoints[-1] != done:
                     yield _checkpoint(training, run, run_dir, step=done, spec_digest=spec_digest)
                 yield Ended(reason=Reason.DRAINED, message=f"stopped on request after step {done}", step=done)
                 return
@@ -66,7 +71,7 @@ def train(run: RunInput, run_dir: Path, should_stop: Callable[[], bool]) -> Iter
             try:
                 numbers = yield from _optimizer_step(training, step)
             except Diverged as error:
-                raise Diverged(f"step {step}: {error}") from error
+                raise Diverged(f"step {step}: {error}. {last_good(before=step)}") from error
             seconds = clock.stop()
             if step == 1:
                 _assert_trained(training)
@@ -82,59 +87,56 @@ def train(run: RunInput, run_dir: Path, should_stop: Callable[[], bool]) -> Iter
                 tokens_per_second=numbers.tokens / seconds,
                 step_seconds=seconds,
                 eta_seconds=clock.eta_seconds(total - step),
+                **numbers.curves,
                 **memory_gib(training.device),
             )
+            try:
+                training.watchdog.see(step, numbers.loss, numbers.grad_norm)
+            except Doomed as error:
+                raise type(error)(f"{error}. {last_good(before=error.since)}", error.since) from error
 
             every = run.spec.eval.every_steps
-            if training.rows.eval_rows and (step == total or (every is not None and step % every == 0)):
-                yield PhaseChanged(phase=Phase.EVALUATING)
-                evaluation = _evaluation(training, step)
-                yield evaluation
-                if step < total:
+            if training.rows.eval_count and (step == total or (every is not None and step % every == 0)):
+                evaluation = yield from _evaluation(training, asked, step)
+                if step < total and not selection.should_stop:
                     yield PhaseChanged(phase=Phase.TRAINING)
             every = run.spec.checkpoints.every_steps
             if every is not None and step % every == 0:
                 yield _checkpoint(training, run, run_dir, step=step, spec_digest=spec_digest)
-                saved = step
+                checkpoints.append(step)
 
-        if training.rows.eval_rows and evaluation is None:  # resumed after the last step
-            yield PhaseChanged(phase=Phase.EVALUATING)
-            evaluation = _evaluation(training, step=total)
-            yield evaluation
+        if training.rows.eval_count and (evaluation is None or evaluation.step != done):  # resumed after the last step
+            evaluation = yield from _evaluation(training, asked, done)
         yield PhaseChanged(phase=Phase.SAVING)
-        eval_loss = None if evaluation is None else evaluation.eval_loss
-        write_result(training, run, run_dir / RESULT_FOLDER, step=total, eval_loss=eval_loss)
-    yield AdapterWritten(step=total, folder=RESULT_FOLDER)
-    yield Ended(reason=Reason.FINISHED, message=Reason.FINISHED.facts.sentence, step=total)
+        chosen, eval_loss = done, None if evaluation is None else evaluation.eval_loss
+        if selection.keep_best and selection.best is not None:
+            chosen, eval_loss = selection.best.step, selection.best.eval_loss
+            selection.put_back(training.trainable())
+        write_result(training, run, run_dir / RESULT_FOLDER, step=chosen, eval_loss=eval_loss)
+    yield AdapterWritten(step=chosen, folder=RESULT_FOLDER)
+    message = selection.sentence(done) if done < total else Reason.FINISHED.facts.sentence
+    yield Ended(reason=Reason.FINISHED, message=message, step=done)
 
 
 @dataclass(frozen=True)
 class _StepNumbers:
-    loss: float  # mean nats per trained token
+    loss: float  # mean over the step's terms
     learning_rate: float
     grad_norm: float
     tokens: int
     trained_tokens: int
+    curves: dict[str, float]
 
 
 def _optimizer_step(training: Training, step: int) -> Generator[Warned, None, _StepNumbers]:
-    """One step over all its micro-batches. Yields a warning for each try that overflowed fp16."""
-    batches = [collate(rows, training.device) for rows in training.rows.step_rows(step)]
-    trained_tokens = sum(batch.trained_tokens for batch in batches)
+    """One step over all its micro-batches. Yields a warning for each try that overflowed fp16 or the GPU's memory."""
+    examples = training.rows.step_rows(step)
     rate = training.learning_rate * learning_rate_factor(training.schedule, step, training.total_steps)
     for group in training.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
     parameters = [parameter for _, parameter in training.trainable()]
     for _ in range(_OVERFLOWS_ALLOWED):
-        training.optimizer.zero_grad()
-        nats = torch.zeros((), dtype=torch.float64, device=training.device)
-        with training.adapters_uncast():
-            for batch in batches:
-                with training.compute():
-                    summed, _ = training.loss(training.model, batch)
-                training.accelerator.backward(summed / trained_tokens)
-                nats += summed.detach()
-        loss = nats.item() / trained_tokens
+        loss, curves = yield from _gradients(training, examples, step)
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss}")
         grad_norm = float(training.accelerator.clip_grad_norm_(parameters, training.max_grad_norm))
@@ -142,10 +144,51 @@ def _optimizer_step(training: Training, step: int) -> Generator[Warned, None, _S
             raise Diverged(f"the gradient's norm is {grad_norm} (loss {loss:.4f})")
         training.optimizer.step()
         if math.isfinite(grad_norm):
-            return _StepNumbers(loss, rate, grad_norm, sum(batch.tokens for batch in batches), trained_tokens)
+            tokens = sum(example.tokens for example in examples)
+            trained = sum(example.trained_tokens for example in examples)
+            return _StepNumbers(loss, rate, grad_norm, tokens, trained, curves)
         # The scaler left the weights alone and halved its scale: the same rows are tried again, none is lost.
         yield Warned(code="gradient_overflow", message=f"step {step}: fp16 gradients overflowed; tried again, smaller scale")
     raise Diverged(f"fp16 gradients overflowed {_OVERFLOWS_ALLOWED} times in a row")
+
+
+def _gradients(training: Training, examples: list[Example], step: int) -> Generator[Warned, None, tuple[float, dict[str, float]]]:
+    """Forward and backward over a step: (loss, curves). Once in a run it may halve what is in memory and begin anew."""
+    chance = random_state(training.device)
+    while True:
+        try:
+            return _accumulate(training, examples)
+        except torch.OutOfMemoryError:
+            smaller = training.layout.halved()
+            if training.has_halved or smaller is None:
+                raise
+        # Outside the except block: the traceback holds the tensors of the pass that did not fit.
+        training.has_halved = True
+        message = f"step {step}: the GPU's memory was too small for {training.layout}; the step is done again with {smaller}"
+        training.layout = smaller
+        training.optimizer.zero_grad()
+        if training.device.type == "cuda":
+            torch.cuda.empty_cache()
+        set_random_state(chance, training.device)
+        yield Warned(code="micro_batch_halved", message=message)
+
+
+def _accumulate(training: Training, examples: list[Example]) -> tuple[float, dict[str, float]]:
+    terms = training.kind.terms(examples)
+    total = torch.zeros((), dtype=torch.float64, device=training.device)
+    curves: dict[str, torch.Tensor] = {}
+    training.optimizer.zero_grad()
+    with training.adapters_uncast():
+        for micro_batch in training.layout.split(examples):
+            batch = training.layout.collate(micro_batch, training.device)
+            with training.compute():
+                found = training.loss(training.model, batch)
+            summed = found.sums.sum()
+            training.accelerator.backward(summed / terms)
+            total += summed.detach()
+            for name, values in found.curves.items():
+                curves[name] = curves.get(name, 0) + values.sum()
+    return total.item() / terms, {name: float(value) / len(examples) for name, value in curves.items()}
 
 
 def _assert_trained(training: Training) -> None:
@@ -157,26 +200,13 @@ def _assert_trained(training: Training) -> None:
         raise RunError(f"after the first step {what} without a gradient: this model would not be trained")
 
 
-def _evaluation(training: Training, step: int) -> Evaluation:
-    with training.adapters_uncast():
-        row_losses = evaluate_rows(
-            training.model,
-            training.rows.eval_rows,
-            micro_batch_size=training.micro_batch_size,
-            device=training.device,
-            compute=training.compute,
-        )
-    tokens = sum(count for _, count in row_losses)
-    loss = sum(nats for nats, _ in row_losses) / tokens
-    if not math.isfinite(loss):
-        raise Diverged(f"the held-out loss after step {step} is {loss}")
-    return Evaluation(
-        step=step,
-        eval_loss=loss,
-        eval_perplexity=math.exp(min(loss, 700.0)),  # e^710 is no float
-        eval_trained_tokens=tokens,
-        row_losses=row_losses,
-    )
+def _evaluation(training: Training, asked: Examination, step: int) -> Generator[ChildEvent, None, Evaluation]:
+    yield PhaseChanged(phase=Phase.EVALUATING)
+    evaluation = yield from examine(training, asked, step)
+    verdict = training.selection.judge(step, evaluation)
+    if training.selection.keep_best and verdict.is_best:
+        training.selection.remember(training.trainable())
+    return evaluation
 
 
 def _checkpoint(training: Training, run: RunInput, run_dir: Path, *, step: int, spec_digest: str) -> CheckpointWritten:
@@ -193,7 +223,9 @@ def _started(training: Training, run: RunInput, first_step: int) -> Started:
         total_steps=training.total_steps,
         first_step=first_step,
         train_rows=training.rows.train_rows,
-        eval_rows=len(training.rows.eval_rows),
+        eval_rows=training.rows.eval_count,
+        tier=training.choice.tier,
+        tier_reason=training.choice.reason,
         trainable_parameters=trainable,
         total_parameters=total,
         example=render_example(run, training.rows),

@@ -14,21 +14,24 @@ import torch
 from core.spec import OptimSpec, ScheduleSpec
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, Any]], spec: OptimSpec, device: torch.device) -> Any:
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, Any]], spec: OptimSpec, device: torch.device, lora_plus_ratio: float | None = None
+) -> Any:
     """AdamW (arXiv 1711.05101) of the asked kind over the parameters that train; no decay on norms and biases.
 
     8-bit states are bitsandbytes' (arXiv 2110.02861). Paged memory exists on a GPU only: on a CPU the paged kinds are the
-    same arithmetic without paging.
+    same arithmetic without paging. Each group's `lr_scale` is what the step's learning rate is multiplied by: 1, or
+    `lora_plus_ratio` for the B matrices of LoRA (LoRA+, arXiv 2402.12354).
     """
-    decayed: list[Any] = []
-    plain: list[Any] = []
-    for _, parameter in named_parameters:
+    kinds: dict[tuple[float, float], list[Any]] = {}  # (weight decay, scale of the learning rate) -> parameters
+    for name, parameter in named_parameters:
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 else plain).append(parameter)
+            decay = spec.weight_decay if parameter.ndim >= 2 else 0.0
+            scale = lora_plus_ratio if lora_plus_ratio is not None and "lora_B" in name.split(".") else 1.0
+            kinds.setdefault((decay, scale), []).append(parameter)
     groups = [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((decayed, spec.weight_decay), (plain, 0.0))
-        if parameters
+        {"params": parameters, "weight_decay": decay, "lr": scale * spec.learning_rate, "lr_scale": scale}
+        for (decay, scale), parameters in kinds.items()
     ]
     options: dict[str, Any] = {"lr": spec.learning_rate, "betas": (spec.beta1, spec.beta2), "eps": spec.epsilon}
     paged = device.type == "cuda"
@@ -99,5 +102,12 @@ def restore_optimizer(
                 optimizer.state[parameter][key].copy_(tensor)
         else:
             # torch keeps the step count of a fused AdamW as a tensor beside the parameter.
-            optimizer.state[parameter] = {key: tensor.to(parameter.device) for key, tensor in by_name[name].items()}
+            optimizer.state[parameter] = {key: _laid_out_as(parameter, tensor) for key, tensor in by_name[name].items()}
         optimizer.state[parameter].update(numbers.get(name, {}))
+
+
+def _laid_out_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """On the parameter's device and, where it has its shape, in its memory order: the fused kernel walks both as one."""
+    if tensor.shape != parameter.shape:
+        return tensor.to(parameter.device)
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)

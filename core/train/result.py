@@ -14,12 +14,12 @@ from core.adapter import ADAPTER_KIND, PARITY_FILE, AdapterFacts
 from core.data.template import choose_template
 from core.data.tokenizer import Tokenizer
 from core.manifest import closed_folder
-from core.models.adapt import save_full, save_lora, save_tokenizer
+from core.models.adapt import save_full, save_lora, save_tokenizer, saved_rank
 from core.models.load import DTYPES
 from core.run import RunInput
-from core.spec import LoraTuning
 from core.train.build import Training
 from core.train.parity import measure_full, measure_lora, probe_sequences
+from core.train.tier import plain_attention
 
 TRAINING_FILE = "training.json"
 
@@ -34,13 +34,14 @@ def write_result(training: Training, run: RunInput, folder: Path, *, step: int, 
         job_id=run.job_id,
         attempt=run.attempt,
         step=step,
-        rank=tuning.rank if isinstance(tuning, LoraTuning) else None,
+        rank=saved_rank(training.model) if isinstance(training.model, PeftModel) else None,
         template=template.digest,
         eval_loss=eval_loss,
     )
     training.drop_optimizer()
-    sequences = probe_sequences(training.rows.eval_rows or [training.rows.first_row()])
-    with closed_folder(folder, ADAPTER_KIND, facts.model_dump(mode="json")) as draft:
+    examples = training.rows.eval_rows or [training.rows.first_row()]
+    sequences = probe_sequences([example.sequences[0] for example in examples])
+    with plain_attention(training.model), closed_folder(folder, ADAPTER_KIND, facts.model_dump(mode="json")) as draft:
         if isinstance(training.model, PeftModel):
             save_lora(training.model, draft)
             record = measure_lora(training.model, draft, sequences, training.base)

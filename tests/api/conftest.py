@@ -68,15 +68,17 @@ class Plane:
     def upload(self, client: httpx.Client, data: bytes = ROWS, filename: str = "rows.jsonl", **fields: str) -> httpx.Response:
         return client.post("/datasets", data=fields, files={"file": (filename, data)})
 
-    def ready_dataset(self, client: httpx.Client) -> str:
+    def ready_dataset(self, client: httpx.Client, format_name: str = "alpaca") -> str:
         dataset_id: str = self.upload(client).json()["id"]
-        self.validate(dataset_id)
+        self.validate(dataset_id, format_name=format_name)
         return dataset_id
 
-    def validate(self, dataset_id: str, usable_rows: int = 12) -> None:
+    def validate(self, dataset_id: str, usable_rows: int = 12, format_name: str = "alpaca") -> None:
         """What the preparer does."""
+        kind = {"preference": "preference", "text": "text"}.get(format_name, "conversation")
         report = DatasetReport(
-            format="alpaca", rows=12, usable_rows=usable_rows, error_count=0, warning_count=0, errors=[], warnings=[]
+            **{"format": format_name, "kind": kind, "rows": 12, "usable_rows": usable_rows},
+            **{"error_count": 0, "warning_count": 0, "errors": [], "warnings": []},
         )
         with self.database.transaction() as session:
             claim = preparation.claim_dataset(session, dataset_id, boot_id="p", lease_seconds=60)

@@ -87,13 +87,43 @@ def test_rows_held_out_must_leave_some(plane: Plane, client: httpx.Client) -> No
     assert places(body) == {("too-few-rows", "/data/eval_rows")}
 
 
+def test_texts_held_out_are_counted_when_they_are_tokenised(plane: Plane, client: httpx.Client) -> None:
+    data = {"datasets": [{"dataset_id": plane.ready_dataset(client, "text")}], "eval_rows": 12}
+    body = {"base_model": "tiny", "objective": {"kind": "plain_text"}, "data": data}
+    assert client.post("/jobs", json=body).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("kind", "format_name", "said"),
+    [
+        ("sft", "preference", "preference rows (format preference), which are for objective dpo or orpo; objective sft"),
+        ("dpo", "alpaca", "conversation rows (format alpaca), which are for objective sft; objective dpo trains on preference"),
+        ("orpo", "text", "text rows (format text), which are for objective plain_text; objective orpo"),
+        ("plain_text", "preference", "objective plain_text trains on text rows"),
+    ],
+)
+def test_rows_of_a_kind_that_the_objective_has_no_use_for_are_refused(
+    plane: Plane, client: httpx.Client, kind: str, format_name: str, said: str
+) -> None:
+    fits = {"sft": "alpaca", "dpo": "preference", "orpo": "preference", "plain_text": "text"}[kind]
+    datasets = [{"dataset_id": plane.ready_dataset(client, name)} for name in (fits, format_name)]
+    spec = {"base_model": "tiny", "objective": {"kind": kind}, "data": {"datasets": datasets, "max_length": 64}}
+    for path in ("/jobs", "/jobs/plan"):
+        body = problem(client.post(path, json=spec), 422)
+        assert places(body) == {("wrong-data-kind", "/data/datasets/1/dataset_id")}
+        assert body["errors"][0]["message"].startswith(f"{datasets[1]['dataset_id']} holds ")
+        assert said in body["errors"][0]["message"]
+    datasets.pop()
+    assert client.post("/jobs", json=spec).status_code == 201
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({"learning_rate": 1}, {("unknown-field", "/learning_rate"): "optim.learning_rate"}),
         ({"tuning": {"kind": "lora", "rnk": 4}}, {("unknown-field", "/tuning/rnk"): "rank"}),
         ({"tuning": {"kind": "lora", "rank": 0, "alpha": 0}}, {("greater-than-equal", "/tuning/rank"): "1"}),
-        ({"tuning": {"kind": "dora"}}, {("union-tag-invalid", "/tuning"): "'lora', 'full'"}),
+        ({"tuning": {"kind": "dora"}}, {("union-tag-invalid", "/tuning"): "'lora', 'mora', 'full'"}),
         ({"optim": {"learning_rate": "0.1"}}, {("float-type", "/optim/learning_rate"): "valid number"}),
         ({"seed": -1}, {("greater-than-equal", "/seed"): "0"}),
         ({"seed": True}, {("int-type", "/seed"): "integer"}),
@@ -102,6 +132,7 @@ def test_rows_held_out_must_leave_some(plane: Plane, client: httpx.Client) -> No
         ({"base_model": "https://example.org/m"}, {("string-pattern-mismatch", "/base_model"): "pattern"}),
         ({"metadata": {"k": "a\x00b"}}, {("string-pattern-mismatch", "/metadata/k"): "pattern"}),
         ({"trust_remote_code": True}, {("unknown-field", "/trust_remote_code"): ""}),
+        ({"allow_remote_code": True}, {("unknown-field", "/allow_remote_code"): ""}),
         ({"quantization": {"kind": "nf4"}, "tuning": {"kind": "full"}}, {("value-error", ""): "full tuning"}),
         ({"data": {"datasets": []}}, {("too-short", "/data/datasets"): "at least 1"}),
         ({"data": {}}, {("missing-field", "/data/datasets"): "required"}),

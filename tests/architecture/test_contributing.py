@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 
 EXAMPLES = sorted((ROOT / "docs" / "adding").glob("*.patch"))
-TREE = ("api", "benchmarks", "core", "migrations", "serving", "standalone", "store", "tests", "worker", "pyproject.toml")
+TREE = ("api", "benchmarks", "core", "docs", "migrations", "serving", "standalone", "store", "tests", "worker", "pyproject.toml")
 
 
 def test_every_example_is_named_on_the_page_and_every_link_leads_to_one() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from core.errors import Problem
 from core.plan import GIB, check_spec, count_steps, estimate_memory, model_shape, plan, trainable_parameters
 from core.records import PlanRecord, TokenCounts
 from core.spec import JobSpec, ScheduleSpec
@@ -81,6 +82,18 @@ def test_the_weight_of_a_dataset_is_its_passes_per_epoch() -> None:
     assert (record.train_rows, record.steps) == (30, 2 * 10 + 10)
 
 
+def test_steps_are_counted_by_examples_of_which_a_text_makes_several() -> None:
+    job = spec(objective={"kind": "plain_text"}, data={"eval_rows": 10}, batch={"micro_batch_size": 5})
+    record = planned(job, counted(3, examples=110, rows_without_target=1))
+    assert (record.train_rows, record.eval_rows, record.steps) == (100, 10, 20)
+
+
+def test_both_sequences_of_a_pair_are_in_memory_at_once() -> None:
+    pairs, single = (planned(spec(objective={"kind": kind}), counted(10)).memory for kind in ("orpo", "sft"))
+    assert pairs.activations_gib > single.activations_gib
+    assert pairs.activations_gib == planned(spec(batch={"micro_batch_size": 8}), counted(10)).memory.activations_gib
+
+
 def test_without_counts_the_plan_is_not_ready_and_knows_no_steps() -> None:
     record = planned(spec())
     assert (record.ready, record.steps, record.train_rows, record.fits) == (False, None, None, None)
@@ -95,6 +108,9 @@ def test_the_shape_of_a_config_is_the_shape_of_the_model() -> None:
     fused = model_shape("GlmForCausalLM", QWEN)
     assert fused.linear["gate_up_proj"] == (64, 256)
     assert "gate_proj" not in fused.linear
+    assert model_shape("GemmaForCausalLM", QWEN).tied_embeddings
+    assert not shape.tied_embeddings
+    assert model_shape("Qwen3ForCausalLM", QWEN | {"tie_word_embeddings": True}).tied_embeddings
 
 
 def test_trainable_parameters_are_counted_from_rank_and_targets() -> None:
@@ -118,6 +134,19 @@ def test_weights_match_what_is_known_of_a_7b_model() -> None:
     single = memory(spec(quantization={"kind": "nf4", "double_quantization": False}))
     linear = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
     assert (single.weights_gib - nf4.weights_gib) * GIB * 8 / linear == pytest.approx(0.373, abs=0.002)
+    assert memory(spec(quantization={"kind": "fp4"})) == nf4
+    int8 = memory(spec(quantization={"kind": "int8"}))
+    assert (int8.weights_gib - nf4.weights_gib) * GIB / linear == pytest.approx(1 - 0.5 - 0.127 / 8, abs=0.001)
+    assert int8.activations_gib == nf4.activations_gib > memory(spec()).activations_gib, "one weight at a time is unpacked"
+    assert memory(spec(quantization={"kind": "int8"}, tuning={"kind": "mora"})).weights_gib == pytest.approx(
+        int8.weights_gib, abs=0.01
+    )
+
+
+def test_where_an_adapter_began_is_kept_beside_it() -> None:
+    plain, pissa = memory(spec()), memory(spec(tuning={"kind": "lora", "init": "pissa"}))
+    assert pissa.weights_gib - plain.weights_gib == pytest.approx(4 * 19_988_480 / GIB)
+    assert (pissa.gradients_gib, pissa.optimizer_gib) == (plain.gradients_gib, plain.optimizer_gib)
 
 
 def test_full_tuning_keeps_fp32_weights_gradients_and_two_states() -> None:
@@ -138,6 +167,10 @@ def test_activations_grow_with_tokens_and_shrink_with_checkpointing() -> None:
     )
 
 
+def checked(job: JobSpec, context_length: int = 4096) -> list[Problem]:
+    return check_spec(job, architecture="LlamaForCausalLM", context_length=context_length, config=LLAMA_7B)
+
+
 def test_everything_the_model_can_not_do_is_named_at_once() -> None:
     datasets = [{"dataset_id": "ds_aaaaaaaaaa"}, {"dataset_id": "ds_aaaaaaaaaa"}]
     job = spec(
@@ -145,7 +178,7 @@ def test_everything_the_model_can_not_do_is_named_at_once() -> None:
         tuning={"kind": "lora", "target_modules": ["q_proj", "query_key_value"]},
         eval={"every_steps": 10},
     )
-    problems = check_spec(job, architecture="LlamaForCausalLM", context_length=4096)
+    problems = checked(job)
     assert [problem.pointer for problem in problems] == [
         "/data/max_length",
         "/tuning/target_modules/1",
@@ -153,8 +186,30 @@ def test_everything_the_model_can_not_do_is_named_at_once() -> None:
         "/data/datasets/1/dataset_id",
     ]
     empty = spec(tuning={"kind": "lora", "target_modules": []})
-    assert [p.code for p in check_spec(empty, architecture="LlamaForCausalLM", context_length=4096)] == ["no-target-modules"]
-    assert check_spec(spec(), architecture="LlamaForCausalLM", context_length=512) == []
+    assert [p.code for p in checked(empty)] == ["no-target-modules"]
+    assert checked(spec(), context_length=512) == []
+
+
+def test_patterns_and_ranks_that_the_model_can_not_have_are_refused_at_submit() -> None:
+    tuning: dict[str, Any] = {"kind": "lora", "target_modules": ["q_proj", "down_proj"], "rank": 8}
+    good = {"layers.*.self_attn.q_proj": 4, "layers.31.mlp.down_proj": 16}
+    assert checked(spec(tuning=tuning | {"rank_pattern": good})) == []
+    bad = {"layers.32.self_attn.q_proj": 4, "v_proj": 2}
+    problems = checked(
+        spec(tuning=tuning | {"rank_pattern": bad, "alpha_pattern": {"model.layers.0.*.q_proj": 2.0, "q_proj": 3.0}})
+    )
+    assert [problem.pointer for problem in problems] == [
+        "/tuning/rank_pattern/layers.32.self_attn.q_proj",
+        "/tuning/rank_pattern/v_proj",
+        "/tuning/alpha_pattern/q_proj",
+    ]
+    mora = spec(tuning={"kind": "mora", "target_modules": ["q_proj", "query"]})
+    assert [problem.pointer for problem in checked(mora)] == ["/tuning/target_modules/1"]
+    narrow = LLAMA_7B | {"num_key_value_heads": 1}
+    job = spec(tuning={"kind": "lora", "init": "pissa", "rank": 129})
+    assert checked(job) == []
+    (problem,) = check_spec(job, architecture="LlamaForCausalLM", context_length=4096, config=narrow)
+    assert (problem.code, problem.pointer) == ("rank-exceeds-module", "/tuning/rank")
 
 
 def test_a_sound_job_is_not_warned_about() -> None:
@@ -167,6 +222,7 @@ def test_a_sound_job_is_not_warned_about() -> None:
     [
         ({"optim": {"learning_rate": 0.1}}, "optim.learning_rate 0.1 is outside 5e-05 to 0.0005, the usual range of LoRA"),
         ({"quantization": {"kind": "nf4"}, "optim": {"learning_rate": 1e-5}}, "QLoRA"),
+        ({"quantization": {"kind": "fp4"}, "optim": {"learning_rate": 1e-5}}, "QLoRA"),
         ({"tuning": {"kind": "full"}}, "full tuning"),
         ({"tuning": {"kind": "lora", "rank": 256}}, "tuning.rank 256"),
         ({"tuning": {"kind": "lora", "alpha": 1.0}}, "tuning.alpha 1"),

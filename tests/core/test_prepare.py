@@ -1,14 +1,20 @@
 """The preparer's child as its supervisor sees it: a real process, files in a folder, an exit code, death with its stdin."""
 
 import json
+import math
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from core.data.formats import FORMATS
+from core.data.render import Rendered, visualize
+from core.data.tokenizer import Tokenizer
 from core.data.tokens import TokenCache
+from core.prepare import prepare_rows, prepare_tokens
 from core.records import DatasetReport
 from core.run import PREPARE_FILE, REPORT_FILE, ROWS_FILE, TOKENS_FOLDER, TokenizeInput, ValidateInput, read_counts
 from core.states import Reason
@@ -115,6 +121,93 @@ def test_rows_that_all_lose_their_target_leave_an_empty_cache(tmp_path: Path, mo
     assert code == 0
     counts = read_counts(tmp_path)
     assert (counts.rows, counts.tokens, counts.rows_without_target) == (175, 0, 175)
+
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHARE = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+BAD = {"role": "assistant", "content": "b"}
+ROWS_OF: dict[str, dict[str, Any]] = {
+    "preference": {"prompt": "q", "chosen": "a", "rejected": "b"},
+    "preference_alpaca": {"instruction": "q", "chosen": "a", "rejected": "b"},
+    "preference_sharegpt": {"conversations": SHARE[:1], "chosen": SHARE[1], "rejected": {"from": "gpt", "value": "b"}},
+    "preference_openai": {"input": {"messages": CHAT[:1]}, "preferred_output": CHAT[1:], "non_preferred_output": [BAD]},
+    "alpaca": {"instruction": "q", "output": "a"},
+    "sharegpt": {"conversations": SHARE},
+    "messages": {"messages": CHAT},
+    "prompt_completion": {"prompt": "q", "completion": "a"},
+    "preference_implicit": {"chosen": CHAT, "rejected": [CHAT[0], BAD]},
+    "text": {"text": "q a"},
+}
+SEEN = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+LEARNED = {
+    "conversation": [[(SEEN, False), ("a<|im_end|>", True), ("\n", False)]],
+    "preference": [[(SEEN, False), (f"{answer}<|im_end|>", True), ("\n", False)] for answer in "ab"],
+    "text": [[("q", False), (" a<|im_end|>", True)]],
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_labels_of_every_format_reach_the_cache_as_they_are_shown(tmp_path: Path, model: Path, name: str) -> None:
+    upload = tmp_path / "upload.jsonl"
+    upload.write_text(json.dumps(ROWS_OF[name]) + "\n")
+    prepare_rows(ValidateInput(upload=upload, filename=upload.name), tmp_path)
+    report = DatasetReport.model_validate_json((tmp_path / REPORT_FILE).read_bytes())
+    kind = FORMATS[name].kind
+    assert (report.format, report.kind, report.usable_rows, report.warning_count) == (name, kind, 1, 0)
+
+    prepare_tokens(tokenize(tmp_path, model, tmp_path / ROWS_FILE, data_kind=kind), tmp_path)
+    cache = TokenCache.open(tmp_path / TOKENS_FOLDER)
+    assert (len(cache), cache.group, cache.facts["data_kind"]) == (1, len(LEARNED[kind]), kind)
+    tokenizer = Tokenizer.from_folder(model)
+    shown = [visualize(Rendered(ids.tolist(), mask.tolist()), tokenizer) for ids, mask in cache.example(0)]
+    assert shown == LEARNED[kind]
+
+
+def test_what_a_row_weighs_reaches_the_mask(tmp_path: Path, model: Path) -> None:
+    upload = tmp_path / "upload.jsonl"
+    weighed = [CHAT[0], CHAT[1] | {"weight": 0}, CHAT[0], CHAT[1] | {"weight": 1}]
+    upload.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in (weighed, weighed[:2])))
+    prepare_rows(ValidateInput(upload=upload, filename=upload.name), tmp_path)
+    first, second = (json.loads(line) for line in (tmp_path / ROWS_FILE).read_text().splitlines())
+    assert [message.get("weight") for message in first["messages"]] == [None, 0, None, None]
+    assert second == {"row": 2, "messages": weighed[:2]}
+    prepare_tokens(tokenize(tmp_path, model, tmp_path / ROWS_FILE), tmp_path)
+    counts = read_counts(tmp_path)
+    assert (counts.rows, counts.examples, counts.rows_without_target) == (2, 1, 1)
+    ids, mask = TokenCache.open(tmp_path / TOKENS_FOLDER).row(0)
+    assert [
+        text for text, trained in visualize(Rendered(ids.tolist(), mask.tolist()), Tokenizer.from_folder(model)) if trained
+    ] == ["a<|im_end|>"]
+
+
+def test_texts_go_on_in_further_examples_and_lose_nothing(tmp_path: Path, model: Path) -> None:
+    texts = ["The quick brown fox. " * 40, "short", "What is the capital of France? " * 7]
+    upload = tmp_path / "upload.jsonl"
+    upload.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    report = validated(tmp_path, upload)
+    assert (report.usable_rows, report.kind) == (3, "text")
+    request = tokenize(tmp_path, model, tmp_path / ROWS_FILE, data_kind="text", train_on="everything", max_length=32)
+    code, said = finish(start(tmp_path, request))
+    assert (code, said) == (0, "")
+    counts = read_counts(tmp_path)
+    cache = TokenCache.open(tmp_path / TOKENS_FOLDER)
+    tokenizer = Tokenizer.from_folder(model)
+    whole = [len(tokenizer.encode(text, parse_special=False)[0]) + 1 for text in texts]
+    assert (counts.rows, counts.truncated_rows, counts.rows_without_target, counts.longest) == (3, 0, 0, 32)
+    assert counts.examples == len(cache) == sum(math.ceil((length - 1) / 31) for length in whole) > 3
+    assert counts.trained_tokens == sum(whole) - 3
+    for row, text in enumerate(texts, 1):
+        pieces = [cache.row(place)[0].tolist() for place in range(len(cache)) if cache.row_numbers[place] == row]
+        ids = [*pieces[0], *(token for piece in pieces[1:] for token in piece[1:])]
+        assert tokenizer.decode(ids, skip_special=False) == text + "<|im_end|>"
+
+
+def test_rows_of_another_kind_than_the_job_trains_on_fail_it(tmp_path: Path, model: Path) -> None:
+    rows = tmp_path / ROWS_FILE
+    rows.write_text(json.dumps({"row": 3, "text": "x"}) + "\n")
+    code, said = finish(start(tmp_path, tokenize(tmp_path, model, rows)))
+    assert code == Reason.BAD_DATA.facts.exit_code
+    assert "row 3 is of kind text, not conversation" in said.strip().splitlines()[-1]
 
 
 def test_the_child_dies_with_its_supervisor(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The operator's commands: repeatable, quiet about secrets, and refusing what would unbind adapters from their base."""
 
+import json
 import re
 import shutil
 import stat
@@ -136,6 +137,65 @@ def test_changed_weights_under_a_known_name_are_refused_with_both_digests(
     assert len(set(re.findall(r"\b[0-9a-f]{64}\b", complaint))) == 2
     with database.transaction() as session:
         assert session.scalars(select(Model.weights)).one() == known
+
+
+def with_own_code(folder: Path, tiny_model: Path) -> Path:
+    """A model folder of an architecture that strop doesn't know, with the file that auto_map names."""
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["ToyForCausalLM"], "model_type": "toy"}
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_toy.ToyForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_toy.py").write_text("raise SystemExit('registration runs no code')\n")
+    return folder
+
+
+def test_a_model_with_its_own_code_needs_the_operator_s_word_once(
+    settings: Settings, database: Database, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = with_own_code(tmp_path / "source", tiny_model)
+    assert run(settings, "models", "add", str(source), "--name", "toy") == 1
+    assert "register the model with --allow-remote-code" in capsys.readouterr().err
+    assert models_in(database) == {}
+    assert not (settings.models_folder / "toy").exists()
+    assert run(settings, "models", "add", str(source), "--name", "toy", "--allow-remote-code") == 0
+    assert "runs its own code" in capsys.readouterr().out
+    assert run(settings, "models", "scan") == 0, "a scan takes the word that was given"
+    with database.transaction() as session:
+        assert session.scalars(select(Model.allow_remote_code)).one() is True
+        assert [row.detail["allow_remote_code"] for row in session.scalars(select(Audit))] == [True]
+
+
+def test_a_scan_never_gives_the_word(settings: Settings, database: Database, tiny_model: Path) -> None:
+    with_own_code(settings.models_folder / "toy", tiny_model)
+    assert run(settings, "models", "scan") == 1
+    assert models_in(database) == {}
+
+
+def test_changed_code_under_a_known_name_is_refused_with_both_digests(
+    settings: Settings, database: Database, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_own_code(settings.models_folder / "toy", tiny_model)
+    assert run(settings, "models", "add", str(folder), "--allow-remote-code") == 0
+    with database.transaction() as session:
+        known = session.scalars(select(Model.config)).one()
+    (folder / "modeling_toy.py").write_text("raise SystemExit('other code')\n")
+    for command in (["scan"], ["add", str(folder), "--allow-remote-code"]):
+        assert run(settings, "models", *command) == 1
+        complaint = capsys.readouterr().err
+        assert known["strop_remote_code"]["code"] in complaint
+        assert len(set(re.findall(r"\b[0-9a-f]{64}\b", complaint))) == 2
+    with database.transaction() as session:
+        assert session.scalars(select(Model.config)).one() == known
+
+
+def test_the_word_changes_nothing_for_a_known_architecture(
+    settings: Settings, database: Database, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(settings, "models", "add", str(tiny_model), "--name", "m", "--allow-remote-code") == 0
+    assert "the code in its folder is not used" in capsys.readouterr().out
+    with database.transaction() as session:
+        assert session.scalars(select(Model.allow_remote_code)).one() is False
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b/c", "", "/etc", "a b", "ü"])

@@ -83,7 +83,7 @@ def test_a_job_goes_from_files_to_result_and_tells_every_change_once(database: D
     with database.transaction() as session:
         runs.record_events(session, taken, [Warned(seq=2, code="x", message="y")])
     with database.transaction() as session:
-        runs.finish_run(session, taken, RESULT)
+        runs.finish_run(session, taken, RESULT, "done")
     assert statuses(database, job_id) == [
         ("validating_files", None),
         ("queued", None),
@@ -128,7 +128,7 @@ def test_a_stale_attempt_can_write_nothing(database: Database) -> None:
         lambda session: runs.renew(session, stale, lease_seconds=60),
         lambda session: runs.record_events(session, stale, [Warned(seq=9, code="x", message="y")]),
         lambda session: runs.record_checkpoint(session, stale, step=1, sha256="c", size=1),
-        lambda session: runs.finish_run(session, stale, RESULT),
+        lambda session: runs.finish_run(session, stale, RESULT, "done"),
         lambda session: runs.close_run(session, stale, Reason.CANCELLED, ""),
     ):
         with pytest.raises(FenceLost), database.transaction() as session:
@@ -182,7 +182,7 @@ def test_cancel_and_finish_race_to_exactly_one_end(database: Database) -> None:
         def finish(taken: runs.Claim = taken) -> None:
             try:
                 with database.transaction() as session:
-                    runs.finish_run(session, taken, RESULT)
+                    runs.finish_run(session, taken, RESULT, "done")
             except FenceLost:
                 pass  # the other side was first, which the assertion below sees
 

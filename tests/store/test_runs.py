@@ -81,7 +81,7 @@ def test_a_hundred_races_of_cancel_and_finish_each_have_one_end(database: Databa
                 if asked:
                     runs.close_run(session, claim, jobs.Reason.CANCELLED, "")
                 else:
-                    runs.finish_run(session, claim, result(claim.job_id))
+                    runs.finish_run(session, claim, result(claim.job_id), "done")
 
         at_once(cancel, finish)
         with database.transaction() as session:

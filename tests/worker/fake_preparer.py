@@ -1,6 +1,6 @@
 """A preparing child that obeys the upload: `python -m tests.worker.fake_preparer WORK_DIR`.
 
-The upload's text is a verb (`fine`, `empty`, `crash`, `hang`), for validation and, behind a slash, for tokenising.
+The upload's text is a verb (`fine`, `pairs`, `empty`, `crash`, `hang`), for validation and, behind a slash, for tokenising.
 """
 
 import json
@@ -38,7 +38,9 @@ def validate(work: Path, task: ValidateInput) -> None:
     verb = text.split("/")[0]
     obey(verb)
     usable = 0 if verb == "empty" else 3
-    report = DatasetReport(format="alpaca", rows=3, usable_rows=usable, error_count=0, warning_count=0, errors=[], warnings=[])
+    kind, name = ("preference", "preference") if verb == "pairs" else ("conversation", "alpaca")
+    counts = {"rows": 3, "usable_rows": usable, "error_count": 0, "warning_count": 0}
+    report = DatasetReport(format=name, kind=kind, errors=[], warnings=[], **counts)
     (work / REPORT_FILE).write_text(report.model_dump_json())
     (work / ROWS_FILE).write_text(json.dumps({"row": 1, "text": text}) + "\n")
 
@@ -55,7 +57,7 @@ def tokenize(work: Path, task: TokenizeInput) -> None:
         rows_without_target=3 if verb == "targetless" else 0,
         longest=10,
     )
-    with closed_folder(work / TOKENS_FOLDER, TOKEN_CACHE_KIND, {}) as draft:
+    with closed_folder(work / TOKENS_FOLDER, TOKEN_CACHE_KIND, {"data_kind": task.data_kind, "train_on": task.train_on}) as draft:
         (draft / "ids").write_text("1 2 3")
     (work / COUNTS_FILE).write_text(counts.model_dump_json())
 

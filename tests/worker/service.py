@@ -16,7 +16,7 @@ from sqlalchemy import create_engine, func, select, text
 from core.manifest import closed_folder
 from core.records import EventRecord, TokenCounts
 from core.run import TOKEN_CACHE_KIND
-from core.spec import CheckpointSpec, DatasetRef, DataSpec, JobSpec
+from core.spec import CheckpointSpec, DatasetRef, DataSpec, JobSpec, Objective, SftObjective
 from core.states import DatasetStatus, JobStatus
 from store import events, files, jobs, outbox
 from store.db import Database
@@ -87,13 +87,22 @@ class Service:
                 outbox.post(session, outbox.Bell(outbox.VALIDATE_DATASET, dataset_id))
         return dataset_id
 
-    def job(self, script: list[Any] | None = None, *, dataset: str | None = None, keep: int = 2, **attempts: Any) -> str:
+    def job(
+        self,
+        script: list[Any] | None = None,
+        *,
+        dataset: str | None = None,
+        keep: int = 2,
+        objective: Objective | None = None,
+        **attempts: Any,
+    ) -> str:
         """A job that runs a script; queued where `dataset` is left out, else it waits for that dataset's tokens."""
         metadata = {"script": json.dumps(script or TRAIN_FAST)}
         metadata |= {name.replace("_", "-"): json.dumps(value) for name, value in attempts.items()}
         dataset_id = dataset or self.upload(status=DatasetStatus.READY)
         spec = JobSpec(
             base_model="tiny",
+            objective=objective or SftObjective(),
             data=DataSpec(datasets=[DatasetRef(dataset_id=dataset_id)]),
             checkpoints=CheckpointSpec(keep=keep),
             metadata=metadata,

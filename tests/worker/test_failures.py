@@ -28,6 +28,12 @@ def test_the_last_exception_speaks_and_not_the_chatter_after_it() -> None:
     assert last_error("") == ""
 
 
+def test_a_run_that_ended_well_says_how() -> None:
+    early = Ended(reason=Reason.FINISHED, message="Training was stopped early, after step 40.", step=40)
+    assert judge(0, early, "", asked_to_stop=False) == (Reason.FINISHED, early.message)
+    assert judge(0, None, "", asked_to_stop=False) == (Reason.FINISHED, Reason.FINISHED.facts.sentence)
+
+
 def test_the_exit_code_decides_and_a_contradicting_event_does_not_speak() -> None:
     said = Ended(reason=Reason.FINISHED, message="all well", step=1)
     assert judge(15, said, "", asked_to_stop=False) == (Reason.CUDA_OOM, Reason.CUDA_OOM.facts.sentence)

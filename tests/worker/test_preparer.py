@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
+from core.manifest import verify_folder
+from core.records import DatasetReport
+from core.run import TOKEN_CACHE_KIND
+from core.spec import DpoObjective, Objective, SftObjective
 from core.states import DatasetStatus, JobStatus, Phase, Reason
 from store import files, outbox, preparation
 from store.tables import Dataset
@@ -127,6 +131,32 @@ def test_a_job_whose_tokens_cant_be_made_fails_with_the_reason(
     job = service.read_job(job_id)
     assert (job.status, job.reason) == (JobStatus.FAILED, reason)
     assert words in job.message
+    assert service.bells() == []
+
+
+def test_pairs_are_tokenised_as_such_for_an_objective_that_trains_on_them(service: Service, context: Context) -> None:
+    dataset_id = service.upload("pairs/fine")
+    job_id = service.job(dataset=dataset_id, objective=DpoObjective())
+    preparer(context).validate(dataset_id)
+    preparer(context).prepare(job_id)
+    assert service.read_job(job_id).status == JobStatus.QUEUED
+    (folder,) = Path(service.settings.storage, "datasets", dataset_id, "tokens").iterdir()
+    facts = verify_folder(folder, TOKEN_CACHE_KIND)
+    assert (facts["data_kind"], facts["train_on"]) == ("preference", "last_turn")
+
+
+@pytest.mark.parametrize(("upload", "objective"), [("fine", DpoObjective()), ("pairs", SftObjective())])
+def test_a_dataset_that_turns_out_to_be_of_another_kind_fails_its_job(
+    service: Service, context: Context, upload: str, objective: Objective
+) -> None:
+    dataset_id = service.upload(upload)
+    job_id = service.job(dataset=dataset_id, objective=objective)
+    preparer(context).validate(dataset_id)
+    preparer(context).prepare(job_id)
+    job = service.read_job(job_id)
+    assert (job.status, job.reason) == (JobStatus.FAILED, Reason.BAD_DATA)
+    report = DatasetReport.model_validate(service.read_dataset(dataset_id).report)
+    assert job.message == report.wrong_kind(dataset_id, objective)
     assert service.bells() == []
 
 

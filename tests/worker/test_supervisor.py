@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,14 +13,16 @@ import pytest
 import redis
 from sqlalchemy import func, select, update
 
+from core.catalog import REMOTE_CODE
 from core.errors import FenceLost
 from core.manifest import closed_folder
-from core.run import CHECKPOINT_KIND
+from core.model_folder import code_digest
+from core.run import CHECKPOINT_KIND, RunInput
 from core.states import JobStatus, Reason, RunStatus
 from store import files, runs
 from store.settings import Settings
 from store.stream import stream_key
-from store.tables import Checkpoint, Job
+from store.tables import Checkpoint, Job, Model
 from tests.worker.service import FAKE_CHILD, Service, is_alive, run_as_admin
 from worker import child
 from worker.context import Context
@@ -94,6 +97,30 @@ def test_surplus_checkpoints_are_deleted_oldest_first(service: Service, context:
     attempt(service, context, job_id)
     keys = [runs.checkpoint_key(job_id, 1, step) for step in (2, 4, 6, 8)]
     assert [service.storage.exists(key) for key in keys] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("state", ["ordinary", "allowed", "changed since"])
+def test_a_model_s_own_code_is_allowed_by_its_registration_alone(
+    service: Service, context: Context, tmp_path: Path, state: str
+) -> None:
+    folder = service.settings.models_folder / "tiny"
+    (folder / "modeling_toy.py").write_text("1\n")
+    if state != "ordinary":
+        with service.database.transaction() as session:
+            values = {"allow_remote_code": True, "config": {REMOTE_CODE: {"code": code_digest(folder)}}}
+            session.execute(update(Model).values(**values))
+    if state == "changed since":
+        (folder / "modeling_toy.py").write_text("2\n")
+    job_id = service.job()
+    kept = tmp_path / "run.json"
+    copying = (sys.executable, "-c", f"import shutil, sys; shutil.copy(sys.argv[1] + '/run.json', {str(kept)!r})")
+    Supervisor(context, copying).run(take(context, job_id))
+    [attempted] = service.read_runs(job_id)
+    if state == "changed since":
+        assert not kept.exists(), "no child is started"
+        assert "not the code it was registered with" in attempted.message
+    else:
+        assert RunInput.model_validate_json(kept.read_bytes()).allow_remote_code == (state == "allowed")
 
 
 def test_the_log_is_kept_whatever_the_end(service: Service, context: Context) -> None:
@@ -277,7 +304,7 @@ def test_a_stale_fence_can_write_nothing(service: Service, context: Context) -> 
         lambda session: runs.record_events(session, stale, []),
         lambda session: runs.record_checkpoint(session, stale, step=1, sha256="0", size=1),
         lambda session: runs.close_run(session, stale, Reason.INTERNAL_ERROR, "late"),
-        lambda session: runs.finish_run(session, stale, runs.Result("0", 1, None)),  # type: ignore[arg-type]
+        lambda session: runs.finish_run(session, stale, runs.Result("0", 1, None), "done"),  # type: ignore[arg-type]
     ]
     for write in writes:
         with pytest.raises(FenceLost), service.database.transaction() as session:

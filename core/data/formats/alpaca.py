@@ -13,6 +13,13 @@ from core.data.formats.format import Format
 def parse(row: dict[str, Any]) -> list[Message]:
     """One row as messages. Raises InvalidInput."""
     draft = Draft()
+    add_question(draft, row)
+    draft.add("assistant", row["output"], "output")
+    return draft.finish("output")
+
+
+def add_question(draft: Draft, row: dict[str, Any]) -> None:
+    """Take all that stands before the answer: `system`, `history`, `instruction` and `input`."""
     if row.get("system") not in (None, ""):
         draft.add("system", row["system"], "system")
     history = row.get("history") or []
@@ -27,8 +34,6 @@ def parse(row: dict[str, Any]) -> list[Message]:
         draft.add("user", pair[0], f"{where}[0]")
         draft.add("assistant", pair[1], f"{where}[1]")
     draft.add("user", _prompt(row, draft), "instruction")
-    draft.add("assistant", row["output"], "output")
-    return draft.finish("output")
 
 
 def _prompt(row: dict[str, Any], draft: Draft) -> Any:
@@ -45,6 +50,7 @@ def _prompt(row: dict[str, Any], draft: Draft) -> Any:
 
 FORMAT = Format(
     name="alpaca",
+    kind="conversation",
     required=frozenset({"instruction", "output"}),
     optional=frozenset({"input", "system", "history"}),
     parse=parse,

@@ -1,6 +1,7 @@
 """OpenAI chat: messages = [{role, content}, ...] with roles system, developer (read as system), user, assistant.
 
-Roles are matched exactly. Tool calls and tool messages are known but not trained on: such a row is refused.
+Roles are matched exactly. An answer may have `weight` 0: it is context, and carries no loss. Tool calls and tool messages
+are known but not trained on: such a row is refused.
 """
 
 from typing import Any
@@ -15,20 +16,24 @@ _TOOL_ROLES = frozenset({"tool", "function"})
 def parse(row: dict[str, Any]) -> list[Message]:
     """One row as messages. Raises InvalidInput."""
     draft = Draft()
-    messages = row["messages"]
-    if not isinstance(messages, list):
-        draft.refuse("wrong-type", "messages", f"expected an array, found {json_type(messages)}")
-        messages = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            draft.refuse("wrong-type", where, f"expected an object with role and content, found {json_type(message)}")
-            continue
-        _add(draft, message, where)
+    add_messages(draft, row["messages"], "messages", read_weights=True)
     return draft.finish("messages")
 
 
-def _add(draft: Draft, message: dict[str, Any], where: str) -> None:
+def add_messages(draft: Draft, messages: Any, where: str, *, read_weights: bool = False) -> None:
+    """Take a list of {role, content} that stands at the field path `where`."""
+    if not isinstance(messages, list):
+        draft.refuse("wrong-type", where, f"expected an array, found {json_type(messages)}")
+        messages = []
+    for index, message in enumerate(messages):
+        at = f"{where}[{index}]"
+        if isinstance(message, dict):
+            _add(draft, message, at, read_weights)
+        else:
+            draft.refuse("wrong-type", at, f"expected an object with role and content, found {json_type(message)}")
+
+
+def _add(draft: Draft, message: dict[str, Any], where: str, read_weights: bool) -> None:
     role = message.get("role")
     for name in ("tool_calls", "function_call"):
         if message.get(name):
@@ -46,14 +51,28 @@ def _add(draft: Draft, message: dict[str, Any], where: str) -> None:
     elif role not in _ROLES:
         draft.refuse("bad-role", f"{where}.role", unknown_role(role, tuple(_ROLES)))
     else:
-        draft.add(_ROLES[role], message["content"], f"{where}.content")
+        weight = _weight(draft, message, where) if read_weights else 1
+        draft.add(_ROLES[role], message["content"], f"{where}.content", weight)
+
+
+def _weight(draft: Draft, message: dict[str, Any], where: str) -> int:
+    weight = message.get("weight")
+    if weight is None:
+        return 1
+    if message["role"] != "assistant":
+        draft.refuse("bad-weight", f"{where}.weight", f"only answers have a weight, and this message is the {message['role']}'s")
+    elif not isinstance(weight, int) or isinstance(weight, bool) or weight not in (0, 1):
+        draft.refuse("bad-weight", f"{where}.weight", "expected 0 (no loss) or 1")
+    else:
+        return weight
+    return 1
 
 
 FORMAT = Format(
     name="messages",
+    kind="conversation",
     required=frozenset({"messages"}),
     optional=frozenset(),
     parse=parse,
-    items="messages",
-    item_fields=frozenset({"role", "content"}),
+    nested={"messages[]": frozenset({"role", "content", "weight"})},
 )

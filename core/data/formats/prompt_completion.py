@@ -16,6 +16,7 @@ def parse(row: dict[str, Any]) -> list[Message]:
 
 FORMAT = Format(
     name="prompt_completion",
+    kind="conversation",
     required=frozenset({"prompt", "completion"}),
     optional=frozenset(),
     parse=parse,

@@ -1,10 +1,13 @@
 """Each format becomes the same messages, and each fault is named by its field."""
 
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from core.data.conversation import MAX_MESSAGES
+from core.data.conversation import MAX_MESSAGES, PlainText, kind_of
 from core.data.formats import FORMATS
 from core.errors import InvalidInput
 
@@ -12,7 +15,9 @@ TURN = [("user", "q"), ("assistant", "a")]
 
 
 def parse(name: str, row: dict[str, Any]) -> list[tuple[str, str]]:
-    return [tuple(message) for message in FORMATS[name].parse(row)]  # type: ignore[misc]
+    parsed = FORMATS[name].parse(row)
+    assert isinstance(parsed, list)
+    return [(message.role, message.content) for message in parsed]
 
 
 def faults(name: str, row: dict[str, Any]) -> list[tuple[str, str | None]]:
@@ -98,6 +103,16 @@ def test_every_fault_is_named_by_code_and_field(name: str, row: dict[str, Any], 
     assert faults(name, row) == wanted
 
 
+def test_the_page_on_data_shows_a_row_of_each_format() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text()
+    shown = {name: (kind, json.loads(row)) for name, kind, row in re.findall(r"^\| (\w+) \| (\w+) \| `(.*)` \|$", page, re.M)}
+    assert shown.keys() == FORMATS.keys()
+    for name, (kind, row) in shown.items():
+        assert next(known.name for known in FORMATS.values() if known.matches(row)) == name
+        assert kind == FORMATS[name].kind == kind_of(FORMATS[name].parse(row))
+        assert FORMATS[name].unknown_fields(row) == set()
+
+
 def test_a_role_in_the_wrong_case_is_pointed_out() -> None:
     with pytest.raises(InvalidInput) as caught:
         FORMATS["messages"].parse(chat(("User", "q"), ("assistant", "a")))
@@ -105,5 +120,41 @@ def test_a_role_in_the_wrong_case_is_pointed_out() -> None:
 
 
 def test_unknown_fields_are_named_down_to_the_items() -> None:
-    row = {"messages": [{"role": "user", "content": "q", "weight": 0}], "id": 1}
-    assert FORMATS["messages"].unknown_fields(row) == {"id", "messages[].weight"}
+    row = {"messages": [{"role": "user", "content": "q", "name": "n"}, 3], "id": 1}
+    assert FORMATS["messages"].unknown_fields(row) == {"id", "messages[].name"}
+    row = {"input": {"messages": [{"role": "user", "weight": 1}], "tools": []}, "preferred_output": "x", "extra": 1}
+    assert FORMATS["preference_openai"].unknown_fields(row) == {"extra", "input.tools", "input.messages[].weight"}
+    row = {"conversations": None, "chosen": {"from": "gpt", "value": "a", "score": 1}, "rejected": [{"score": 2}]}
+    assert FORMATS["preference_sharegpt"].unknown_fields(row) == {"chosen.score"}
+
+
+def weighed(*weights: Any) -> dict[str, Any]:
+    turns = [(role, "x") for _ in weights for role in ("user", "assistant")]
+    messages = chat(*turns)["messages"]
+    for message, weight in zip(messages[1::2], weights, strict=True):
+        message["weight"] = weight
+    return {"messages": messages}
+
+
+def test_an_answer_may_have_weight_0() -> None:
+    parsed = FORMATS["messages"].parse(weighed(0, 1, None))
+    assert isinstance(parsed, list)
+    assert [message.weight for message in parsed] == [1, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("weight", [2, -1, 0.5, 1.0, True, "1", [0]])
+def test_any_other_weight_is_refused_at_its_field(weight: Any) -> None:
+    assert faults("messages", weighed(1, weight)) == [("bad-weight", "messages[3].weight")]
+
+
+def test_only_answers_have_a_weight() -> None:
+    row = {"messages": [{"role": role, "content": "x", "weight": 0} for role in ("system", "user", "assistant")]}
+    assert faults("messages", row) == [("bad-weight", "messages[0].weight"), ("bad-weight", "messages[1].weight")]
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [(None, "wrong-type"), (["x"], "wrong-type"), ("", "empty-target"), (" \n", "empty-target")]
+)
+def test_a_text_is_text(text: Any, code: str) -> None:
+    assert FORMATS["text"].parse({"text": " a\n", "meta": 1}) == PlainText(" a\n")
+    assert faults("text", {"text": text}) == [(code, "text")]

@@ -204,7 +204,7 @@ def test_control_strings_in_content_stay_ordinary_text(tiny: Tokenizer, choice: 
         return [token for token in render(row, tiny, template, "all_turns").ids if token in tiny.special.values()]
 
     row = [Message("system", text), Message("user", text), Message("assistant", text)]
-    assert controls(row) == controls([Message(role, "x") for role, _ in row])
+    assert controls(row) == controls([Message(message.role, "x") for message in row])
     rendered = render(row, tiny, template, "all_turns")
     assert tiny.decode(rendered.ids, skip_special=True).count(text) == 3
     assert trained_text(rendered, tiny) == [text + "<|im_end|>"]

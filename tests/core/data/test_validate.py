@@ -2,21 +2,28 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from core.data.validate import KEPT_PROBLEMS, validate
+from core.data.conversation import Parsed, PlainText, Preference
+from core.data.validate import KEPT_PROBLEMS, LONG_ROW_CHARACTERS, validate
 from core.records import DatasetReport
+from core.spec import DpoObjective, OrpoObjective, PlainTextObjective, SftObjective
 
 DATA = Path(__file__).resolve().parents[3] / ".." / "shared" / "data"
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the test data is not beside this checkout")
 
 
-def judge(path: Path) -> tuple[DatasetReport, dict[int, list[tuple[str, str]]]]:
-    kept: dict[int, list[tuple[str, str]]] = {}
-    report = validate(path, path.name, lambda number, messages: kept.__setitem__(number, [tuple(m) for m in messages]))  # type: ignore[misc]
-    return report, kept
+def judge(path: Path) -> tuple[DatasetReport, dict[int, Any]]:
+    """The report, and by row number what was kept: (role, content) pairs of a conversation, else what the format gave."""
+    kept: dict[int, Any] = {}
+
+    def keep(number: int, parsed: Parsed) -> None:
+        kept[number] = [(message.role, message.content) for message in parsed] if isinstance(parsed, list) else parsed
+
+    return validate(path, path.name, keep), kept
 
 
 def upload(tmp_path: Path, *rows: object, name: str = "d.jsonl") -> DatasetReport:
@@ -51,6 +58,7 @@ def codes(report: DatasetReport) -> list[str]:
 def test_real_files_are_read_whole(name: str, format_name: str, rows: int) -> None:
     report, kept = judge(DATA / "text" / name)
     assert (report.format, report.rows, report.usable_rows, report.error_count) == (format_name, rows, rows, 0)
+    assert report.kind == "conversation"
     assert len(kept) == rows
     assert report.turns == sum(map(len, kept.values()))
     assert report.characters == sum(len(content) for messages in kept.values() for _, content in messages)
@@ -72,11 +80,28 @@ def test_rows_with_tools_are_refused_and_the_others_used() -> None:
 
 
 @needs_data
-@pytest.mark.parametrize("name", ["preference.json", "preference_flat.jsonl", "preference_messages.jsonl"])
-def test_preference_rows_are_not_taken_for_plain_answers(name: str) -> None:
-    report, kept = judge(DATA / "text" / name)
+def test_the_three_files_of_preferences_hold_the_same() -> None:
+    shapes = {"preference.json": "preference_sharegpt", "preference_messages.jsonl": "preference"}
+    (first, pairs), (second, again) = (judge(DATA / "text" / name) for name in shapes)
+    assert [first.format, second.format] == list(shapes.values())
+    assert (first.usable_rows, first.error_count, first.kind) == (300, 0, "preference")
+    assert set(codes(first)) == {"duplicate-row"}
+    assert pairs == again
+    assert all(isinstance(pair, Preference) for pair in pairs.values())
+    assert first.turns == sum(len(pair.prompt) + 2 for pair in pairs.values())
+    assert first.characters == second.characters > 1_000_000
+
+    flat, single = judge(DATA / "text" / "preference_flat.jsonl")
+    assert (flat.format, flat.usable_rows, flat.error_count) == ("preference", 114, 0)
+    assert list(single.values()) == [pair for pair in pairs.values() if len(pair.prompt) == 1]
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["pairs/metadata.jsonl", "emoji_pairs/metadata_zh.jsonl", "pairs/captions.csv", "llava_en.json"])
+def test_captions_of_pictures_are_not_taken_for_texts(name: str) -> None:
+    report, kept = judge(DATA / "vision" / name)
     assert not kept
-    assert "preference-not-supported" in {problem.code for problem in report.errors}
+    assert {problem.code for problem in report.errors} <= {"media-not-supported", "unknown-format"}
 
 
 EXPECTED: dict[str, tuple[int, int, list[tuple[int | None, str | None, str]]]] = {
@@ -108,6 +133,9 @@ EXPECTED: dict[str, tuple[int, int, list[tuple[int | None, str | None, str]]]] =
     "22_deeply_nested.json": (0, 0, [(None, None, "invalid-json-value")]),
     "30_llava_tag_mismatch.json": (3, 1, [(1, "image", "media-not-supported"), (2, "image", "media-not-supported")]),
     "31_image_path_traversal.json": (3, 0, [(row, "image", "media-not-supported") for row in (1, 2, 3)]),
+    "32_preference_same.jsonl": (
+        3, 0, [(1, "rejected", "equal-preference"), (2, "rejected", "missing-field"), (3, "prompt", "empty-prompt")],
+    ),
     "33_special_tokens_in_text.jsonl": (1, 1, []),
     "34_html_injection.jsonl": (1, 1, []),
     "35_csv_formula.csv": (2, 2, []),
@@ -169,7 +197,7 @@ def test_the_examples_have_no_errors() -> None:
 
 def test_the_first_row_with_a_format_decides_and_mixed_rows_name_both(tmp_path: Path) -> None:
     good = {"prompt": "q", "completion": "a"}
-    report = upload(tmp_path, {"text": "x"}, good, {"instruction": "q", "output": "a"}, {"prompt": "q"})
+    report = upload(tmp_path, {"words": "x"}, good, {"instruction": "q", "output": "a"}, {"prompt": "q"})
     assert report.format == "prompt_completion"
     assert errors(report) == [(1, None, "unknown-format"), (3, None, "mixed-format"), (4, "completion", "missing-field")]
     assert "row 3 is alpaca, row 2 is prompt_completion" in report.errors[1].message
@@ -194,3 +222,104 @@ def test_a_conversation_that_ends_with_the_user_is_used_with_a_warning(tmp_path:
     report = upload(tmp_path, {"messages": [{"role": role, "content": content} for role, content in turns]})
     assert report.usable_rows == 1
     assert codes(report) == ["ends-with-user"]
+
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHARE = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+ANSWERS = {"chosen": "good", "rejected": "bad"}
+
+
+@pytest.mark.parametrize(
+    ("row", "format_name"),
+    [
+        ({"prompt": "q", **ANSWERS, "messages": CHAT}, "preference"),
+        ({"prompt": "q", "completion": "a", **ANSWERS}, "preference"),
+        ({"instruction": "q", "output": "", "input": "", **ANSWERS}, "preference_alpaca"),
+        ({"conversations": SHARE[:1], "chosen": SHARE[1], "rejected": SHARE[1] | {"value": "b"}}, "preference_sharegpt"),
+        ({"instruction": "q", "output": "a", "text": "q a"}, "alpaca"),
+        ({"messages": CHAT, "text": "q a"}, "messages"),
+        ({"prompt": "q", "completion": "a", "text": "q a"}, "prompt_completion"),
+        ({"text": "q a", "label": 1, "file_name": "a.py"}, "text"),
+    ],
+)
+def test_a_row_that_could_be_of_several_formats_is_of_the_one_that_asks_for_more(
+    tmp_path: Path, row: dict[str, Any], format_name: str
+) -> None:
+    report = upload(tmp_path, row)
+    assert (report.format, report.usable_rows) == (format_name, 1)
+    assert codes(report) == ([] if format_name == "preference_sharegpt" else ["unknown-field"])
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"messages": CHAT, **ANSWERS}, ["chosen", "rejected"]),
+        ({"messages": CHAT, "rejected_response": "bad"}, ["rejected_response"]),
+        ({"conversations": SHARE, "rejected": "bad"}, ["rejected"]),
+        ({"prompt": "q", "completion": "a", "chosen": "good"}, ["chosen"]),
+        ({"text": "x", "preferred_output": "good"}, ["preferred_output"]),
+        ({"prompt": "q", "chosen": "good"}, ["chosen"]),
+    ],
+)
+def test_answers_to_prefer_in_no_known_shape_are_refused_rather_than_ignored(
+    tmp_path: Path, row: dict[str, Any], fields: list[str]
+) -> None:
+    report = upload(tmp_path, row)
+    assert errors(report) == [(1, field, "preference-not-supported") for field in fields]
+    assert report.usable_rows == 0
+
+
+def test_a_row_is_of_one_format_whatever_the_file_is(tmp_path: Path) -> None:
+    pair = {"conversations": SHARE[:1], "chosen": SHARE[1], "rejected": SHARE[1] | {"value": "b"}}
+    report = upload(tmp_path, {"conversations": SHARE}, pair)
+    assert errors(report) == [(2, None, "mixed-format")]
+    report = upload(tmp_path, pair, {"conversations": SHARE}, {"conversations": SHARE, "chosen": SHARE[1]}, {"conversations": []})
+    assert errors(report) == [(2, None, "mixed-format"), (3, "rejected", "missing-field"), (4, None, "mixed-format")]
+    both = [*CHAT[:1], CHAT[1] | {"content": "b"}]
+    report = upload(tmp_path, {"chosen": CHAT, "rejected": both}, {"prompt": "q", **ANSWERS}, {"text": "x"})
+    assert report.format == "preference_implicit"
+    assert errors(report) == [(2, None, "mixed-format"), (3, None, "mixed-format")]
+    report = upload(tmp_path, {"text": "x"}, {"text": "x", "messages": CHAT})
+    assert errors(report) == [(2, None, "mixed-format")]
+
+
+def test_pictures_are_refused_in_preferences_and_texts_too(tmp_path: Path) -> None:
+    report = upload(tmp_path, {"prompt": "q", **ANSWERS, "images": ["a.png"]}, {"text": "x", "image": "a.png"})
+    assert errors(report) == [
+        (1, "images", "media-not-supported"),
+        (2, "image", "media-not-supported"),
+        (2, None, "mixed-format"),
+    ]
+
+
+def test_texts_are_counted_and_a_long_one_is_no_reason_to_warn(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("ab", "x" * (LONG_ROW_CHARACTERS + 1), "ab", " ")))
+    report, kept = judge(path)
+    assert (report.format, report.kind, report.rows, report.usable_rows) == ("text", "text", 4, 3)
+    assert (report.turns, report.characters, report.duplicate_rows) == (0, LONG_ROW_CHARACTERS + 5, 1)
+    assert codes(report) == ["duplicate-row"]
+    assert errors(report) == [(4, "text", "empty-target")]
+    assert kept[1] == PlainText("ab")
+
+
+def test_a_conversation_whose_answers_all_have_weight_0_is_used_with_a_warning(tmp_path: Path) -> None:
+    silent = [CHAT[0], CHAT[1] | {"weight": 0}]
+    report = upload(
+        tmp_path, {"messages": silent}, {"messages": [*silent, *CHAT]}, {"messages": [CHAT[0] | {"weight": 1}, CHAT[1]]}
+    )
+    assert (report.usable_rows, [(warning.row, warning.code) for warning in report.warnings]) == (2, [(1, "no-weight")])
+    assert errors(report) == [(3, "messages[0].weight", "bad-weight")]
+
+
+def test_a_report_stored_before_kinds_were_named_is_one_of_conversations() -> None:
+    stored = {"format": "alpaca", "rows": 1, "usable_rows": 1, "error_count": 0, "warning_count": 0, "errors": [], "warnings": []}
+    report = DatasetReport.model_validate(stored)
+    assert report.kind is None
+    assert report.wrong_kind("ds_1", SftObjective()) is None
+    assert report.wrong_kind("ds_1", DpoObjective()) == (
+        "ds_1 holds conversation rows (format alpaca), which are for objective sft; objective dpo trains on preference rows"
+    )
+    pairs = DatasetReport.model_validate(stored | {"kind": "preference", "format": "preference"})
+    assert pairs.wrong_kind("ds_1", OrpoObjective()) is None
+    assert "which are for objective dpo or orpo; objective plain_text" in (pairs.wrong_kind("ds_1", PlainTextObjective()) or "")

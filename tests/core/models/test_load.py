@@ -2,32 +2,24 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import bitsandbytes
 import pytest
 import torch
 
+from core.adapter import Quantization
 from core.errors import BadSpec
-from core.models.adapt import attach_lora
-from core.models.load import LoadedBase, Precision, Quantization, load_base, pick_device, resolve_precision
-from core.spec import LoraTuning
-from tests.tiny import build_tiny_model
+from core.models.adapt import attach_adapter
+from core.models.load import Precision, dequantized_weight, pick_device, quantization_name, resolve_precision
+from core.spec import Fp4Quantization, Int8Quantization, LoraTuning, Nf4Quantization, NoQuantization
+from tests.core.models.adapters import load
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
-def load(folder: Path, quantization: Quantization = "none", precision: Precision = "fp32") -> LoadedBase:
-    return load_base(folder, name="test/tiny", weights="w", quantization=quantization, precision=precision, device=CPU)
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("quantization", ["none", "nf4", "nf4-double"])
+@pytest.mark.parametrize("quantization", get_args(Quantization))
 def test_the_identity_says_what_was_loaded(tiny: Path, quantization: Quantization, precision: Precision) -> None:
     base = load(tiny, quantization, precision)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
@@ -39,13 +31,39 @@ def test_the_identity_says_what_was_loaded(tiny: Path, quantization: Quantizatio
     }
     assert not any(p.requires_grad for p in base.model.parameters())
     assert not base.model.training
-    quantized = {n for n, m in base.model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
-    assert len(quantized) == (0 if quantization == "none" else 2 * 7)
+    four_bit = {n: m for n, m in base.model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    eight_bit = {n: m for n, m in base.model.named_modules() if isinstance(m, bitsandbytes.nn.Linear8bitLt)}
+    assert len(four_bit) == (0 if quantization in ("none", "int8") else 2 * 7)
+    assert len(eight_bit) == (2 * 7 if quantization == "int8" else 0)
     for name, parameter in base.model.named_parameters():
-        assert parameter.dtype == (torch.uint8 if name.removesuffix(".weight") in quantized else dtype), name
+        module = name.removesuffix(".weight")
+        packed = torch.uint8 if module in four_bit else torch.int8 if module in eight_bit else dtype
+        assert parameter.dtype == packed, name
     assert base.model.model.rotary_emb.inv_freq.dtype == torch.float32
-    nested = {m.weight.quant_state.nested for m in base.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
-    assert nested == (set() if quantization == "none" else {quantization == "nf4-double"})
+    states = {(m.weight.quant_state.quant_type, m.weight.quant_state.nested) for m in four_bit.values()}
+    kind, _, double = quantization.partition("-")
+    assert states == ({(kind, double == "double")} if four_bit else set())
+
+
+def test_a_spec_and_an_identity_name_the_same_quantisation() -> None:
+    wanted = [NoQuantization(), Int8Quantization()]
+    for double in (False, True):
+        wanted += [Nf4Quantization(double_quantization=double), Fp4Quantization(double_quantization=double)]
+    assert {quantization_name(each) for each in wanted} == set(get_args(Quantization))
+    assert quantization_name(Fp4Quantization()) == "fp4-double"
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "fp4-double", "int8"])
+def test_a_dequantised_weight_is_what_the_layer_multiplies_with(tiny: Path, quantization: Quantization) -> None:
+    linear = load(tiny, quantization).model.model.layers[0].mlp.up_proj
+    original = load(tiny).model.model.layers[0].mlp.up_proj.weight
+    weight = dequantized_weight(linear)
+    linear.train()  # in eval mode int8 rounds the inputs as well
+    assert torch.allclose(linear(torch.eye(64)).T, weight, atol=1e-6)
+    assert torch.equal(dequantized_weight(linear), weight), "a forward pass moves the scales of int8"
+    error = (weight - original).norm() / original.norm()
+    low, high = {"none": (0.0, 0.0), "nf4": (0.05, 0.15), "fp4-double": (0.05, 0.25), "int8": (0.001, 0.02)}[quantization]
+    assert low <= error <= high
 
 
 def gradient_norm(model: Any) -> float:
@@ -57,14 +75,18 @@ def gradient_norm(model: Any) -> float:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_an_evaluation_leaves_the_gradients_of_a_4_bit_base_as_they_were(tiny: Path, precision: Precision) -> None:
-    # On a CPU bitsandbytes repacks weights in an eval-mode forward, and what is trained afterwards has lost most gradients.
-    base = load(tiny, "nf4-double", precision)
+@pytest.mark.parametrize("quantization", ["nf4-double", "fp4", "int8"])
+def test_an_evaluation_leaves_the_gradients_of_a_quantised_base_as_they_were(
+    tiny: Path, quantization: Quantization, precision: Precision
+) -> None:
+    # On a CPU bitsandbytes repacks 4-bit weights in an eval-mode forward, and what is trained afterwards has lost most
+    # gradients.
+    base = load(tiny, quantization, precision)
     for module in base.model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             assert module.support_avx512bf16_for_cpu is False
     torch.manual_seed(0)
-    model = attach_lora(base.model, LoraTuning(), "test/tiny")
+    model = attach_adapter(base.model, LoraTuning(), "test/tiny")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -77,10 +99,15 @@ def test_an_evaluation_leaves_the_gradients_of_a_4_bit_base_as_they_were(tiny: P
 
 
 def test_adapters_are_fp32_over_any_base(tiny: Path) -> None:
-    model = attach_lora(load(tiny, "nf4", "bf16").model, LoraTuning(rank=3), "test/tiny")
+    model = attach_adapter(load(tiny, "nf4", "bf16").model, LoraTuning(rank=3), "test/tiny")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trainable) == 2 * 2 * 7
     assert {p.dtype for p in trainable.values()} == {torch.float32}
+
+
+def test_int8_says_nothing_about_every_layer(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(tiny, "int8").model(torch.arange(4, 60)[None])
+    assert caplog.records == []
 
 
 def test_auto_is_what_the_device_multiplies() -> None:

@@ -31,10 +31,22 @@ def random_rows(count: int, seed: int = 0, longest: int = 24) -> list[tuple[list
     return rows
 
 
-def write_cache(folder: Path, rows: Sequence[tuple[list[int], list[int]]]) -> Path:
-    numbered = [TokenRow(number, ids, mask) for number, (ids, mask) in enumerate(rows, 1)]
-    write_token_cache(folder, "ds_00000000", numbered, 512, {})
+def write_cache(folder: Path, rows: Sequence[tuple[list[int], list[int]]], group: int = 1) -> Path:
+    """`group` rows make one example."""
+    numbered = [TokenRow(index // group + 1, ids, mask) for index, (ids, mask) in enumerate(rows)]
+    write_token_cache(folder, "ds_00000000", numbered, 512, {}, group=group)
     return folder
+
+
+def random_pairs(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """(chosen, rejected) in turn: one prompt, an answer that repeats it and one that is noise."""
+    rng = np.random.default_rng([seed, 1])
+    rows = []
+    for ids, mask in random_rows(count, seed):
+        prompt = ids[: mask.index(1)]
+        noise = [*rng.integers(3, VOCABULARY, rng.integers(2, 6)).tolist(), 2]
+        rows += [(ids, mask), (prompt + noise, [0] * len(prompt) + [1] * len(noise))]
+    return rows
 
 
 def spec_of(**changes: Any) -> JobSpec:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from core.errors import BadData, NoTrainableTokens
-from core.eval.rows import Row
+from core.eval.rows import Example, Row
 from core.spec import BatchSpec, ScheduleSpec
 from core.train.batches import TrainingRows, WeightedRows
 
@@ -20,22 +20,24 @@ class Rows:
     def __len__(self) -> int:
         return len(self.names)
 
-    def row(self, number: int, /) -> Row:
+    def example(self, number: int, /) -> tuple[Row, ...]:
         ids = np.full(self.length, self.names[number], np.int32)
-        return ids, np.array([0] * (self.length - 1) + [1], np.uint8)
+        return ((ids, np.array([0] * (self.length - 1) + [1], np.uint8)),)
 
 
-def build(*datasets: tuple[Rows, float], eval_rows: int = 0, batch: tuple[int, int] = (2, 2), seed: int = 0) -> TrainingRows:
+def build(
+    *datasets: tuple[Rows, float], eval_rows: int = 0, batch: tuple[int, int] = (2, 2), seed: int = 0, grouped: bool = False
+) -> TrainingRows:
     return TrainingRows(
         [WeightedRows(rows, weight) for rows, weight in datasets],
         eval_rows=eval_rows,
-        batch=BatchSpec(micro_batch_size=batch[0], gradient_accumulation_steps=batch[1]),
+        batch=BatchSpec(micro_batch_size=batch[0], gradient_accumulation_steps=batch[1], group_by_length=grouped),
         seed=seed,
     )
 
 
-def names(micro_batches: list[list[Row]]) -> list[int]:
-    return [int(ids[0]) for rows in micro_batches for ids, _ in rows]
+def names(examples: list[Example]) -> list[int]:
+    return [int(ids[0]) for example in examples for ids, _ in example.sequences]
 
 
 def epoch_names(rows: TrainingRows, epoch: int = 0) -> list[int]:
@@ -47,8 +49,8 @@ def test_equal_rows_never_stand_on_both_sides() -> None:
     doubled = [n // 2 for n in range(40)]  # every row twice
     for seed in range(20):
         rows = build((Rows(doubled), 1.0), (Rows(doubled), 1.0), eval_rows=5, seed=seed)
-        held = {int(ids[0]) for ids, _ in rows.eval_rows}
-        assert len(rows.eval_rows) == len(held) == 5
+        held = set(names(rows.eval_rows))
+        assert rows.eval_count == len(rows.eval_rows) == len(held) == 5
         trained = Counter(epoch_names(rows))
         assert not held & set(trained)
         assert trained == dict.fromkeys(set(range(20)) - held, 4)
@@ -57,7 +59,7 @@ def test_equal_rows_never_stand_on_both_sides() -> None:
 
 def test_the_seed_chooses_the_held_out_rows() -> None:
     def held(seed: int) -> list[int]:
-        return [int(ids[0]) for ids, _ in build((Rows(list(range(30))), 1.0), eval_rows=6, seed=seed).eval_rows]
+        return names(build((Rows(list(range(30))), 1.0), eval_rows=6, seed=seed).eval_rows)
 
     assert held(1) == held(1)
     assert held(1) != held(2)
@@ -70,11 +72,11 @@ def test_holding_out_all_rows_is_refused() -> None:
 
 def test_rows_without_a_target_are_no_rows() -> None:
     class Blank(Rows):
-        def row(self, number: int, /) -> Row:
-            ids, mask = super().row(number)
+        def example(self, number: int, /) -> tuple[Row, ...]:
+            ((ids, mask),) = super().example(number)
             only_first = np.zeros_like(mask)
             only_first[0] = 1  # nothing stands before it, so it is never predicted
-            return ids, only_first
+            return ((ids, only_first),)
 
     with pytest.raises(NoTrainableTokens):
         build((Blank([1, 2, 3]), 1.0))
@@ -90,7 +92,6 @@ def test_every_epoch_holds_every_row_once_in_another_order() -> None:
 def test_the_last_step_of_an_epoch_holds_what_is_left() -> None:
     rows = build((Rows(list(range(11))), 1.0), batch=(2, 2))
     assert [len(names(rows.step_rows(step))) for step in range(1, 7)] == [4, 4, 3, 4, 4, 3]
-    assert [len(micro) for micro in rows.step_rows(3)] == [2, 1]
     assert [rows.epochs_at(step) for step in (3, 4, 6)] == [1.0, pytest.approx(1 + 4 / 11), 2.0]
 
 
@@ -108,11 +109,21 @@ def test_the_order_is_a_pure_function_of_the_step() -> None:
     assert [names(late.step_rows(step)) for step in range(9, 15)] == steps[8:]
 
 
-def test_micro_batches_hold_rows_of_like_length() -> None:
-    mixed = [(Rows([n], length=n), 1.0) for n in (2, 9, 3, 8)]
-    (first, second) = build(*mixed, batch=(2, 2)).step_rows(1)
-    assert [len(ids) for ids, _ in first] == [9, 8]
-    assert [len(ids) for ids, _ in second] == [3, 2]
+def test_grouped_by_length_a_step_holds_rows_of_like_length_and_an_epoch_every_row_once() -> None:
+    lengths = list(range(2, 25))
+    rows = build(*((Rows([n], length=n), 1.0) for n in lengths), grouped=True)
+    steps = [[example.longest for example in rows.step_rows(step)] for step in range(1, rows.steps_per_epoch + 1)]
+    assert sorted(n for step in steps for n in step) == lengths
+    assert all(max(step) - min(step) == len(step) - 1 for step in steps)
+    assert len(steps[-1]) == 3, "what does not fill a step stays last"
+    assert steps != sorted(steps, reverse=True), "the steps are in an order of chance"
+
+
+def test_references_belong_to_their_examples_whatever_the_order() -> None:
+    rows = build((Rows(list(range(12))), 1.0), (Rows([90, 91]), 1.0), eval_rows=3)
+    rows.measure_references(lambda examples: [(float(name),) for name in names(examples)])
+    for example in [*rows.eval_rows, *(e for step in range(1, 4) for e in rows.step_rows(step)), rows.first_row()]:
+        assert example.reference == (float(names([example])[0]),)
 
 
 @pytest.mark.parametrize(

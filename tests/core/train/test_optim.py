@@ -91,6 +91,62 @@ def test_every_kind_lowers_a_loss(kind: Any) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+class Adapted(torch.nn.Module):
+    """Named as peft names LoRA's matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lora_A = torch.nn.ModuleDict({"default": torch.nn.Linear(64, 8, bias=False)})
+        self.lora_B = torch.nn.ModuleDict({"default": torch.nn.Linear(8, 64, bias=False)})
+        self.magnitude = torch.nn.Parameter(torch.ones(64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_plus_moves_b_by_its_ratio_and_nothing_else(kind: Any) -> None:
+    model = Adapted()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model.named_parameters(), OptimSpec(kind=kind, learning_rate=1e-3), CPU, lora_plus_ratio=16.0)
+    for group in optimizer.param_groups:
+        assert group["lr"] == 1e-3 * group["lr_scale"]
+        group["lr"] = 5e-4 * group["lr_scale"]  # as the loop does at each step
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moved = {name: (before[name] - p.detach()).mean().item() for name, p in model.named_parameters()}
+    # The first step of Adam is the learning rate times the gradient's sign.
+    assert moved == pytest.approx({"magnitude": 5e-4, "lora_A.default.weight": 5e-4, "lora_B.default.weight": 8e-3}, rel=1e-3)
+
+
+def test_lora_plus_state_goes_through_tensors_unharmed() -> None:
+    spec = OptimSpec(weight_decay=0.1)
+    model = Adapted()
+    optimizer = build_optimizer(model.named_parameters(), spec, CPU, lora_plus_ratio=4.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tensors, numbers = optimizer_state(model.named_parameters(), optimizer)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    optimizer.step()
+
+    resumed = Adapted()
+    with torch.no_grad():
+        for (name, p), source in zip(resumed.named_parameters(), model.parameters(), strict=True):
+            p.copy_(weights[name])
+            p.grad = source.grad.clone()
+    fresh = build_optimizer(resumed.named_parameters(), spec, CPU, lora_plus_ratio=4.0)
+    restore_optimizer(resumed.named_parameters(), fresh, tensors, numbers)
+    fresh.step()
+    for (name, one), other in zip(model.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_without_lora_plus_every_rate_is_the_same() -> None:
+    optimizer = build_optimizer(Adapted().named_parameters(), OptimSpec(weight_decay=0.1), CPU)
+    assert [group["lr_scale"] for group in optimizer.param_groups] == [1.0, 1.0]
+
+
 def test_norms_and_biases_do_not_decay_and_frozen_weights_do_not_train() -> None:
     model = Model()
     optimizer = build_optimizer(model.named_parameters(), OptimSpec(weight_decay=0.1), CPU)

@@ -19,6 +19,7 @@ from core.models.load import Quantization, load_base
 from core.run import RunInput
 from core.train.build import build_training
 from core.train.loop import train
+from core.train.tier import plain_attention
 from tests.core.train.runs import run_input, spec_of, train_here
 from tests.tiny import CHATML
 
@@ -82,7 +83,7 @@ def trained_logits(run: RunInput, run_dir: Path) -> torch.Tensor:
         for event in train(run, run_dir, lambda: False):
             if event.kind == "phase" and event.phase == "saving":
                 model = kept[0].model.eval()
-                with torch.no_grad():
+                with torch.no_grad(), plain_attention(model):
                     logits = model(torch.arange(3, 40)[None]).logits.clone()
                 model.train()
     return logits

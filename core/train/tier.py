@@ -1,0 +1,164 @@
+"""The tier of a run: plain (padded rows, transformers' own attention and layers; any model) or packed (rows end to end, fused
+kernels where liger has them for the family). Chosen by job and model, then put to the test.
+
+Before a packed run's first step a few of its rows go through both tiers. Where loss or gradient differ by more than rounding,
+the run is built again on the plain tier and says so: a fast wrong gradient looks like learning.
+"""
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from core.catalog import can_pack
+from core.errors import BadSpec
+from core.eval.evaluate import ExampleLosses
+from core.eval.layout import Layout, Packed, Padded
+from core.eval.rows import Example, MicroBatch
+from core.models.documents import DOCUMENTS
+from core.models.load import ComputeDtype
+from core.spec import JobSpec
+
+Tier = Literal["plain", "packed"]
+
+_PLAIN_ATTENTION = "sdpa"
+_LOSS_TOLERANCE: dict[ComputeDtype, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
+_GRADIENT_TOLERANCE: dict[ComputeDtype, float] = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 2e-2}
+"""Relative. Two orders of the same sums in bf16 were measured 1.5e-2 apart in the gradient."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    tier: Tier
+    reason: str
+
+
+def choose_tier(spec: JobSpec, config: Any, device: torch.device, compute: ComputeDtype) -> Choice:
+    """What job, model and device allow; `config` is the model's. Raises BadSpec when packing is asked for and can't be."""
+    if spec.batch.packing == "off":
+        return Choice("plain", "batch.packing is off")
+    obstacle = _obstacle(spec, config, device, compute)
+    if obstacle is None:
+        return Choice("packed", f"{config.model_type} attends to packed rows one by one")
+    if spec.batch.packing == "on":
+        raise BadSpec(f"batch.packing: on, but {obstacle}")
+    return Choice("plain", obstacle)
+
+
+def layout_of(spec: JobSpec, tier: Tier) -> Layout:
+    if tier == "plain":
+        return Padded(spec.batch.micro_batch_size)
+    return Packed(spec.batch.micro_batch_size * spec.data.max_length)
+
+
+def enter_packed(model: Any, device: torch.device) -> str:
+    """Switch a model to packed attention and, on a GPU, to liger's kernels for its family. Returns what was done."""
+    causal_lm = _causal_lm(model)
+    causal_lm.set_attn_implementation(DOCUMENTS)
+    if device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        return "packed attention"
+    monkey_patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
+    if causal_lm.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return "packed attention; liger has no kernels for this family"
+    # Its fused head would compute all rows of the logits; ours computes those that carry loss.
+    monkey_patch._apply_liger_kernel_to_instance(
+        causal_lm, cross_entropy=False, fused_linear_cross_entropy=False, swiglu=True, rms_norm=True, rope=True
+    )
+    return "packed attention and liger kernels"
+
+
+@contextlib.contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Around passes that are not a packed batch: answers, and the record of what a loader will see."""
+    causal_lm = _causal_lm(model)
+    before = causal_lm.config._attn_implementation
+    if before != DOCUMENTS:
+        yield
+        return
+    causal_lm.set_attn_implementation(_PLAIN_ATTENTION)
+    try:
+        yield
+    finally:
+        causal_lm.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def restored_on_failure(model: Any) -> Iterator[None]:
+    """liger replaces names in the family's module for the whole process; put them back when the packed tier is given up."""
+    module = sys.modules[type(_causal_lm(model)).__module__]
+    saved = dict(vars(module))
+    try:
+        yield
+    except PackingMismatch:
+        for name, value in saved.items():
+            setattr(module, name, value)
+        raise
+
+
+class PackingMismatch(Exception):
+    """The two tiers disagree; the message holds the numbers."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is compared: loss per term, and the gradient of every trainable parameter, of a few rows in eval mode."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+
+
+def measure(
+    model: Any,
+    examples: Sequence[Example],
+    layout: Layout,
+    *,
+    loss: Callable[[Any, MicroBatch], ExampleLosses],
+    device: torch.device,
+    compute: Callable[[], AbstractContextManager[Any]],
+) -> Probe:
+    """One forward and backward pass without dropout. Leaves mode and gradients as it found them (none)."""
+    was_training = model.training
+    model.eval()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total, terms = 0.0, 0
+    for micro_batch in layout.split(examples):
+        with compute():
+            found = loss(model, layout.collate(micro_batch, device))
+        found.sums.sum().backward()
+        total += float(found.sums.detach().sum())
+        terms += int(found.terms.sum())
+    gradients = {name: p.grad.detach().float().clone() for name, p in parameters.items() if p.grad is not None}
+    for parameter in parameters.values():
+        parameter.grad = None
+    model.train(was_training)
+    return Probe(total / terms, gradients)
+
+
+def assert_agreement(plain: Probe, packed: Probe, compute: ComputeDtype) -> str:
+    """The measured differences as a sentence. Raises PackingMismatch."""
+    loss = abs(packed.loss - plain.loss) / max(abs(plain.loss), 1e-6)
+    missing = plain.gradients.keys() ^ packed.gradients.keys()
+    norm = sum(float(g.pow(2).sum()) for g in plain.gradients.values()) ** 0.5
+    apart = sum(float((packed.gradients[n] - g).pow(2).sum()) for n, g in plain.gradients.items() if n not in missing) ** 0.5
+    gradient = apart / max(norm, 1e-12)
+    said = f"loss {plain.loss:.5f} plain, {packed.loss:.5f} packed; gradients {gradient:.1e} apart"
+    if missing or not (loss <= _LOSS_TOLERANCE[compute] and gradient <= _GRADIENT_TOLERANCE[compute]):
+        raise PackingMismatch(said + (f"; {len(missing)} parameters have a gradient in one tier only" if missing else ""))
+    return said
+
+
+def _obstacle(spec: JobSpec, config: Any, device: torch.device, compute: ComputeDtype) -> str | None:
+    if device.type == "cuda" and compute == "fp32":
+        return "the GPU's packed attention needs bf16 or fp16"
+    architecture = (config.architectures or ["unknown"])[0]
+    return can_pack(architecture, config.to_dict(), spec.data.max_length)
+
+
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,130 @@
+"""The packed tier against the plain one: chosen, proven on the run's own rows, given up when it disagrees, halved if too big."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.errors import BadSpec, CudaOutOfMemory
+from core.models import documents
+from core.train import build, tier
+from core.train.build import Training
+from core.train.loop import train
+from tests.core.train.runs import losses, run_input, spec_of, train_here
+
+
+def packing(choice: str, **batch: Any) -> dict[str, Any]:
+    return {"batch": {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "packing": choice, **batch}}
+
+
+def started(events: list[Any]) -> Any:
+    return next(event for event in events if event.kind == "started")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tuning": {"kind": "full"}, "optim": {"learning_rate": 1e-3}},
+        {"quantization": {"kind": "nf4"}},
+        {"memory": {"precision": "fp32", "checkpointing": True}},
+        {"memory": {"precision": "fp32", "checkpointing": True, "checkpointing_every": 2}},
+    ],
+    ids=["lora", "full", "nf4", "checkpointing", "every-second"],
+)
+def test_both_tiers_learn_the_same(tiny: Path, cache: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    runs = {
+        choice: train_here(run_input(tiny, cache, spec_of(**change, **packing(choice))), tmp_path / choice)
+        for choice in ("off", "on")
+    }
+    assert (started(runs["off"]).tier, started(runs["on"]).tier) == ("plain", "packed")
+    assert "gradients" in started(runs["on"]).tier_reason
+    assert losses(runs["on"]) == pytest.approx(losses(runs["off"]), abs=5e-5)
+    held = [[event.eval_loss for event in events if event.kind == "eval"] for events in runs.values()]
+    assert held[0] == pytest.approx(held[1], abs=5e-5)
+    tokens = [[(e.tokens, e.trained_tokens) for e in events if e.kind == "step"] for events in runs.values()]
+    assert tokens[0] == tokens[1], "packing keeps the user's optimiser batch"
+
+
+def test_auto_packs_where_the_family_allows_it(tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert started(train_here(run_input(tiny, cache, spec_of()), tmp_path / "packed")).tier == "packed"
+    monkeypatch.setattr(tier, "can_pack", lambda *_: "its attention has a sliding window")
+    plain = started(train_here(run_input(tiny, cache, spec_of()), tmp_path / "plain"))
+    assert (plain.tier, plain.tier_reason) == ("plain", "its attention has a sliding window")
+    with pytest.raises(BadSpec, match="but its attention has a sliding window"):
+        train_here(run_input(tiny, cache, spec_of(**packing("on"))), tmp_path / "on")
+
+
+@pytest.mark.parametrize("fault", ["leak", "no gradient"])
+def test_a_packed_tier_that_computes_something_else_is_given_up(
+    tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    plain = train_here(run_input(tiny, cache, spec_of(**packing("off"))), tmp_path / "plain")
+    attend = documents._row_by_row
+
+    def leaky(query: Any, key: Any, value: Any, bounds: list[int], scale: float) -> Any:
+        if fault == "leak":
+            return attend(query, key, value, [bounds[0], bounds[-1]], scale)
+        return attend(query.detach(), key.detach(), value, bounds, scale)
+
+    monkeypatch.setattr(documents, "_row_by_row", leaky)
+    events = train_here(run_input(tiny, cache, spec_of()), tmp_path / "run")
+    assert started(events).tier == "plain"
+    (warning,) = [event for event in events if event.kind == "warning"]
+    assert warning.code == "packing_mismatch"
+    assert losses(events) == losses(plain), "nothing of the attempt is left in model, adapters or chance"
+
+
+def out_of_memory_in(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> list[str]:
+    """Let the n-th training pass over a micro-batch run out of memory where `fails(n)`; returns the layouts as they are tried."""
+    tried: list[str] = []
+    loss = Training.loss
+
+    def guarded(self: Training, model: Any, batch: Any) -> Any:
+        found = loss(self, model, batch)
+        if torch.is_grad_enabled() and model.training:
+            tried.append(str(self.layout))
+            if fails(len(tried)):
+                raise torch.OutOfMemoryError("injected")
+        return found
+
+    monkeypatch.setattr(build.Training, "loss", guarded)
+    return tried
+
+
+@pytest.mark.parametrize("choice", ["off", "on"])
+def test_too_little_memory_halves_what_is_in_it_and_nothing_else(
+    tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: str
+) -> None:
+    spec = spec_of(tuning={"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.0}, **packing(choice))
+    whole = losses(train_here(run_input(tiny, cache, spec), tmp_path / "whole"))
+    layouts = out_of_memory_in(monkeypatch, lambda n: n == (4 if choice == "off" else 2))
+    events = train_here(run_input(tiny, cache, spec), tmp_path / "halved")
+    (warning,) = [event for event in events if event.kind == "warning"]
+    assert warning.code == "micro_batch_halved"
+    assert "step 2" in warning.message
+    assert layouts[0] != layouts[-1]
+    assert losses(events) == pytest.approx(whole, abs=2e-5)
+
+
+def test_a_second_time_ends_the_run_with_the_three_knobs(
+    tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out_of_memory_in(monkeypatch, lambda n: n >= 3)
+    with pytest.raises(CudaOutOfMemory, match=r"micro_batch_size.*max_length.*checkpointing"):
+        list(train(run_input(tiny, cache, spec_of(**packing("off"))), tmp_path, lambda: False))
+
+
+def test_dropout_is_the_same_when_a_step_is_done_again(
+    tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 13: dropout is honoured; and a step repeated from the same chance, cut as before, is the same step."""
+    spec = spec_of(tuning={"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.3}, **packing("off"))
+    whole = losses(train_here(run_input(tiny, cache, spec), tmp_path / "whole"))
+    without = losses(train_here(run_input(tiny, cache, spec_of(**packing("off"))), tmp_path / "without"))
+    assert whole[1:] != without[1:]
+    out_of_memory_in(monkeypatch, lambda n: n == 4)
+    monkeypatch.setattr("core.eval.layout.Padded.halved", lambda self: self)
+    assert losses(train_here(run_input(tiny, cache, spec), tmp_path / "again")) == whole
