@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from benchmarks.results import FOLDER, ROOT, Results
+from benchmarks.shapes import device_name
 from core.events import ChildEvent, Evaluation, Started, Step, Warned, parse_child_event
 from core.manifest import file_sha256
 from core.model_folder import read_model_facts
@@ -100,15 +99,16 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--cases", default="plain-s0,packed-s0", help=f"<setting>-s<seed>, settings: {', '.join(SETTINGS)}")
     parser.add_argument("--steps", type=int, help="optimizer steps of a case (default: --epochs)")
-    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--epochs", type=float, help="passes over the data (default: the setting's)")
     parser.add_argument("--rows-per-step", type=int, help="rows of a step, all at once (default: the setting's)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     arguments = parser.parse_args()
     cases = {case: _setting_and_seed(case) for case in arguments.cases.split(",")}
     results = Results("quality", device_name(arguments.device), folder=arguments.out, commit=arguments.commit)
     losses: dict[str, tuple[float, float]] = {}
+    schedule = {"max_steps": arguments.steps, "epochs": arguments.epochs}
     asked: dict[str, Any] = {
-        "schedule": {"max_steps": arguments.steps, "epochs": arguments.epochs},
+        "schedule": {name: value for name, value in schedule.items() if value is not None},
         "eval": {"every_steps": 25},
     }
     if arguments.rows_per_step is not None:
@@ -247,12 +247,6 @@ def _assert_tier(setting: str, learned: Learned) -> None:
     tier = learned.started.tier
     if setting in ("plain", "packed") and tier != setting:
         sys.exit(f"a {setting} case ran on the {tier} tier, and its numbers are not kept: {learned.started.tier_reason}")
-
-
-def device_name(wanted: str) -> str:
-    if wanted != "cpu" and torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    return f"CPU with {torch.get_num_threads()} threads"
 
 
 def _setting_and_seed(case: str) -> tuple[str, int]:

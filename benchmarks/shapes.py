@@ -47,10 +47,12 @@ def build(shape: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def device_name() -> str:
+def device_name(wanted: str = "auto") -> str:
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU with {torch.get_num_threads()} threads"
+    if wanted != "cpu" and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"CPU with {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def attach_adapter(model: Any, tuning: LoraTuning | MoraTuning, model_name: str)
     targets = find_targets(model, tuning.target_modules)
     shapes = {path: (module.in_features, module.out_features) for path, module in targets.items()}
     if problems := tuning_problems(tuning, shapes):
-        raise BadSpec("; ".join(f"{str(problem.pointer)[1:].replace('/', '.', 1)}: {problem.message}" for problem in problems))
+        raise BadSpec("; ".join(f"tuning.{str(problem.pointer).split('/')[2]}: {problem.message}" for problem in problems))
     if isinstance(tuning, MoraTuning):
         return _attach_mora(model, tuning, shapes, model_name)
     ranks = dict.fromkeys(shapes, tuning.rank) | match_patterns(tuning.rank_pattern, shapes)[0]
@@ -87,8 +87,8 @@ def save_lora(model: PeftModel, folder: Path) -> None:
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = down
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = up
     for path, wrapper in trained_modules(model.get_base_model()).items():
-        name = f"{_PREFIX}{path}.weight"
-        tensors[name] = tensors[name].to(wrapper.original_module.weight.dtype)
+        for name, original in wrapper.original_module.named_parameters(prefix=_PREFIX + path):
+            tensors[name] = tensors[name].to(original.dtype)
     # A copy each: the format refuses shared memory, and a tied embedding stands under two names.
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     save_file(copies, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

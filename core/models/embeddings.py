@@ -20,8 +20,11 @@ TIED_WARNING = "Model has `tie_word_embeddings=True`"
 
 def embedding_paths(model: Any) -> list[str]:
     """Paths of a plain model's input embedding and output head. Raises BadSpec where transformers can't name them."""
-    wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
     paths = {id(module): path for path, module in model.named_modules()}
+    try:
+        wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except NotImplementedError:
+        wanted = [None]
     if any(id(module) not in paths for module in wanted):
         raise BadSpec("tuning.train_embeddings: this model does not say which of its modules are embedding and head")
     return [paths[id(module)] for module in wanted]
@@ -34,7 +37,8 @@ def install_embeddings(adapted: PeftModel, adapter: str) -> None:
     dtype = embedding.original_module.weight.dtype
     for wrapper in (embedding, head):
         copy = wrapper.modules_to_save[adapter]
-        copy.weight = torch.nn.Parameter(copy.weight.detach().to(torch.float32))
+        for name, parameter in list(copy.named_parameters()):  # some heads have a bias
+            setattr(copy, name, torch.nn.Parameter(parameter.detach().to(torch.float32)))
     if head.original_module.weight is embedding.original_module.weight:
         head.modules_to_save[adapter].weight = embedding.modules_to_save[adapter].weight
     if dtype != torch.float32:

@@ -232,10 +232,10 @@ def _enter_packed(training: Training, spec: JobSpec) -> None:
             return measure(training.model, examples, layout, loss=training.loss, device=training.device, compute=training.compute)
 
     with restored_on_failure(training.model):
-        plain = measured(Padded(1))
+        plain, again = measured(Padded(1)), measured(Padded(len(examples)))
         done = enter_packed(training.model, training.device)
         packed = measured(layout_of(spec, "packed"))
-        said = assert_agreement(plain, packed, training.base.compute_dtype)
+        said = assert_agreement(plain, again, packed, training.base.compute_dtype)
     training.choice = Choice("packed", f"{done}; on the first rows {said}")
 
 

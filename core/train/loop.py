@@ -133,7 +133,7 @@ def _optimizer_step(training: Training, step: int) -> Generator[Warned, None, _S
     examples = training.rows.step_rows(step)
     rate = training.learning_rate * learning_rate_factor(training.schedule, step, training.total_steps)
     for group in training.optimizer.param_groups:
-        group["lr"] = rate * group.get("lr_scale", 1.0)
+        group["lr"] = rate * group["lr_scale"]
     parameters = [parameter for _, parameter in training.trainable()]
     for _ in range(_OVERFLOWS_ALLOWED):
         loss, curves = yield from _gradients(training, examples, step)

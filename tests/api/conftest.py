@@ -125,7 +125,7 @@ class Plane:
             eval_loss=1.5,
         )
         with self.database.transaction() as session:
-            runs.finish_run(session, claim, runs.Result(sha256, 10, facts))
+            runs.finish_run(session, claim, runs.Result(sha256, 10, facts), "done")
 
     def record(self, claim: runs.Claim, *events: TrainEvent) -> None:
         with self.database.transaction() as session:

@@ -1,8 +1,9 @@
 """Patterns are paths, not expressions; what they leave open or contradict is said."""
 
 import pytest
+from pydantic import ValidationError
 
-from core.spec import LoraTuning, MoraTuning
+from core.spec import JobSpec, LoraTuning, MoraTuning
 from core.tuning import adapter_parameters, match_patterns, mora_size, tuning_problems
 
 PATHS = [f"model.layers.{n}.{rest}" for n in (0, 1, 11) for rest in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")]
@@ -67,3 +68,10 @@ def test_problems_point_into_the_spec() -> None:
     ]
     assert tuning_problems(LoraTuning(rank=5), shapes) == []
     assert tuning_problems(MoraTuning(rank=256), shapes) == []
+
+
+def test_dora_over_int8_weights_is_refused_at_submit() -> None:
+    fields = {"base_model": "m", "data": {"datasets": [{"dataset_id": "ds_aaaaaaaaaa"}]}, "quantization": {"kind": "int8"}}
+    assert JobSpec.model_validate(fields | {"tuning": {"kind": "mora"}}).quantization.kind == "int8"
+    with pytest.raises(ValidationError, match="dora reads its base's weights in every step, which int8 ones do not allow"):
+        JobSpec.model_validate(fields | {"tuning": {"kind": "lora", "dora": True}})

@@ -98,6 +98,10 @@ class Service:
             record = parity(self._measure(temporary, tuning))
             (temporary / PARITY_FILE).write_text(record.model_dump_json())
             change(temporary)
+        return self.publish_result(folder, facts, name=name, project=project)
+
+    def publish_result(self, folder: Path, facts: AdapterFacts, *, name: str, project: str = DEFAULT_PROJECT) -> Published:
+        """Store a closed adapter folder as a new version of `name`."""
         sha256, size = folder_digest(folder), folder_bytes(folder)
         self.storage.publish_folder(folder, adapter_key(sha256))
         with self.database.transaction() as session:
