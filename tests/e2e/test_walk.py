@@ -152,3 +152,58 @@ def test_what_the_device_lacks_is_said_with_its_field(service: Service, dataset_
     assert (ended["status"], ended["reason"]) == ("failed", "bad_spec")
     assert "memory.precision" in ended["message"]
     assert len(ended["runs"]) == 1  # a spec does not get better by trying again
+
+
+OTHER_OBJECTIVES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "dpo": (
+        {"kind": "dpo", "beta": 0.5},
+        [{"prompt": f"Add {n} and 3.", "chosen": f"The sum is {n + 3}.", "rejected": f"I don't know {n}."} for n in range(40)],
+    ),
+    "orpo": (
+        {"kind": "orpo"},
+        [{"prompt": f"Add {n} and 4.", "chosen": f"The sum is {n + 4}.", "rejected": f"No idea about {n}."} for n in range(40)],
+    ),
+    "plain_text": ({"kind": "plain_text"}, [{"text": f"Adding {n} and 5 gives {n + 5}. " * 6} for n in range(40)]),
+}
+
+
+@pytest.mark.parametrize("objective", OTHER_OBJECTIVES)
+def test_preferences_and_texts_walk_the_same_way(objective: str, service: Service, dataset_id: str, tmp_path: Path) -> None:
+    chosen, rows = OTHER_OBJECTIVES[objective]
+    path = tmp_path / f"{objective}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = service.ready_dataset(path)
+    spec = tiny_spec(own, objective=chosen, adapter_name=f"walk-{objective.replace('_', '-')}")
+    planned = service.api.post("/jobs/plan", json=spec | {"data": {"datasets": [{"dataset_id": dataset_id}]}})
+    assert planned.status_code == 422, "conversations are not what this objective trains on"
+    assert planned.json()["errors"][0]["pointer"] == "/data/datasets/0/dataset_id"
+    job = service.ended_job(service.submit(spec)["id"])
+    assert job["status"] == "succeeded", job
+    plan = service.api.post("/jobs/plan", json=spec).json()
+    assert (plan["ready"], plan["steps"]) == (True, job["total_steps"])
+    before, after = (e["data"] for e in service.events(job["id"]) if e["kind"] == "eval")
+    assert after["eval_loss"] < before["eval_loss"]
+    curves = {name for point in service.metrics(job["id"]) for name, value in point.items() if value is not None}
+    assert ("reward_margin" in curves) == (objective != "plain_text")
+    name = service.deploy(job["adapter_id"])
+    assert service.generate(name, "Add 5 and 8.")["usage"]["completion_tokens"] > 0
+
+
+def test_a_run_that_stops_early_says_so_and_hands_over_its_best(service: Service, dataset_id: str) -> None:
+    watched = {
+        "every_steps": 2,
+        "generation": {"rows": 2, "max_tokens": 4},
+        "panel": ["Add 1 and 2."],
+        "panel_max_tokens": 4,
+        "keep_best": True,
+        "early_stopping": {"patience": 1, "min_delta": 100.0},
+    }
+    job = service.ended_job(service.submit(tiny_spec(dataset_id, eval=watched))["id"])
+    assert (job["status"], job["reason"]) == ("succeeded", "finished")
+    assert "stopped early, after step 2" in job["message"]
+    answers = [e["data"] for e in service.events(job["id"]) if e["kind"] == "answers"]
+    assert [(a["step"], a["source"], len(a["answers"])) for a in answers] == [
+        *((0, "held_out", 2), (0, "panel", 1)),
+        *((2, "held_out", 2), (2, "panel", 1)),
+    ]
+    assert all("eval_bleu" in point for point in service.metrics(job["id"]) if "eval_loss" in point)

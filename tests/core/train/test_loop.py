@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.adapter import ADAPTER_KIND
-from core.errors import ArtifactError, BadData, BadSpec, Diverged, NoTrainableTokens, RunError
+from core.errors import ArtifactError, BadData, BadSpec, Diverged, LossIsZero, NoTrainableTokens, RunError
 from core.manifest import MANIFEST, verify_folder
 from core.run import CHECKPOINT_KIND
 from core.train import loop
@@ -185,3 +185,87 @@ def test_what_a_cpu_does_differently_is_said(tiny: Path, cache: Path, tmp_path: 
     )
     events = train_here(run_input(tiny, cache, spec), tmp_path)
     assert [event.code for event in events if event.kind == "warning"] == ["optimizer_not_paged", "warmup_fills_run"]
+
+
+WATCHED: dict[str, Any] = {
+    "every_steps": 2,
+    "generation": {"rows": 2, "max_tokens": 3},
+    "panel": ["What is 12 and 30?", "Paris"],
+    "panel_max_tokens": 3,
+}
+
+
+def test_watching_changes_nothing_of_what_is_learned(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    tuning = {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.2}
+    plain = train_here(run_input(tiny, cache, spec_of(tuning=tuning)), tmp_path / "plain")
+    watched = train_here(run_input(tiny, cache, spec_of(tuning=tuning, eval=WATCHED)), tmp_path / "watched")
+    assert losses(watched) == losses(plain)
+    answered = [(event.step, event.source) for event in watched if event.kind == "answers"]
+    assert answered == [(step, source) for step in (0, 2, 4, 6, 8, 10) for source in ("held_out", "panel")]
+    for event in watched:
+        if event.kind == "eval":
+            assert None not in (event.eval_exact_match, event.eval_bleu, event.eval_rouge_l)
+        elif event.kind == "answers":
+            assert [answer.reference is None for answer in event.answers] == [event.source == "panel"] * 2
+
+
+def worsening(**eval_fields: Any) -> Any:
+    """A rate so high that the best evaluation is an early one."""
+    return spec_of(
+        optim={"learning_rate": 0.1},
+        schedule={"kind": "constant", "epochs": 2.0},
+        eval={"every_steps": 1, **eval_fields},
+        checkpoints={"every_steps": 2},
+    )
+
+
+def test_the_best_weights_are_handed_over_a_resume_included(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    events = train_here(run_input(tiny, cache, worsening(keep_best=True)), tmp_path / "whole")
+    held_out = {event.step: event.eval_loss for event in events if event.kind == "eval"}
+    best = min(held_out, key=lambda step: held_out[step])
+    assert best < 10
+    facts = verify_folder(tmp_path / "whole/adapter", ADAPTER_KIND)
+    assert (facts["step"], facts["eval_loss"]) == (best, held_out[best])
+
+    upto = spec_of(
+        optim={"learning_rate": 0.1}, schedule={"kind": "constant", "max_steps": max(best, 1)}, checkpoints={"every_steps": None}
+    )
+    if best:
+        train_here(run_input(tiny, cache, upto), tmp_path / "upto")
+        name = "adapter/adapter_model.safetensors"
+        found, expected = load_file(tmp_path / "whole" / name), load_file(tmp_path / "upto" / name)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+    late = run_input(tiny, cache, worsening(keep_best=True), tmp_path / "whole/checkpoints/step-8")
+    train_here(late, tmp_path / "late")
+    assert (tmp_path / "late/adapter/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "whole/adapter/adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_training_ends_early_where_an_uninterrupted_run_would(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    spec = worsening(early_stopping={"patience": 3})
+    events = train_here(run_input(tiny, cache, spec), tmp_path / "whole")
+    ended = events[-1]
+    assert ended.kind == "ended"
+    assert ended.step < 10
+    assert f"stopped early, after step {ended.step}" in ended.message
+    last = max(int(folder.name.removeprefix("step-")) for folder in (tmp_path / "whole/checkpoints").iterdir())
+    again = train_here(run_input(tiny, cache, spec, tmp_path / f"whole/checkpoints/step-{last}"), tmp_path / "again")
+    assert again[-1].step == ended.step
+    assert losses(again) == losses(events)[last:]
+
+
+def test_a_doomed_run_ends_with_its_reason_and_the_last_good_checkpoint(
+    tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "core.train.build.Training.loss",
+        lambda self, model, batch: type(found := self.kind.function(model, batch, self.objective))(
+            found.sums * 0, found.terms, found.curves
+        ),
+    )
+    monkeypatch.setattr(loop, "_assert_trained", lambda training: None)
+    spec = spec_of(data={"datasets": [{"dataset_id": "ds_00000000"}]}, checkpoints={"every_steps": 1}, batch={"packing": "off"})
+    with pytest.raises(LossIsZero, match=r"steps 1 to 3: the loss was exactly 0.*No checkpoint from before it stands"):
+        train_here(run_input(tiny, cache, spec), tmp_path)
