@@ -327,6 +327,8 @@ class JobSpec(Frozen):
             reasons.append("train_embeddings with a quantized base is not offered: use quantization none")
         if isinstance(self.tuning, LoraTuning) and self.tuning.dora and isinstance(self.quantization, Int8Quantization):
             reasons.append("dora reads its base's weights in every step, which int8 ones do not allow: use nf4 or fp4")
+        if quantized and self.memory.compile:
+            reasons.append("compile with a quantized base is not offered: it may keep every dequantized weight in memory")
         if quantized and self.memory.precision == "fp16":
             reasons.append(f"{self.quantization.kind} with fp16 compute is not offered: use bf16, fp32 or auto")
         if self.eval.metric == "eval_reward_accuracy" and DATA_KINDS[self.objective.kind] != "preference":

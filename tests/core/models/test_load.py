@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("quantization", get_args(Quantization))
-def test_the_identity_says_what_was_loaded(tiny: Path, quantization: Quantization, precision: Precision) -> None:
+def test_trap_8_nothing_of_a_base_is_raised_to_fp32(tiny: Path, quantization: Quantization, precision: Precision) -> None:
     base = load(tiny, quantization, precision)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     assert base.identity.model_dump() == {
@@ -98,7 +98,7 @@ def test_an_evaluation_leaves_the_gradients_of_a_quantised_base_as_they_were(
     assert gradient_norm(model) == fresh
 
 
-def test_adapters_are_fp32_over_any_base(tiny: Path) -> None:
+def test_trap_6_adapters_are_fp32_over_any_base(tiny: Path) -> None:
     model = attach_adapter(load(tiny, "nf4", "bf16").model, LoraTuning(rank=3), "test/tiny")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trainable) == 2 * 2 * 7
@@ -110,7 +110,7 @@ def test_int8_says_nothing_about_every_layer(tiny: Path, caplog: pytest.LogCaptu
     assert caplog.records == []
 
 
-def test_auto_is_what_the_device_multiplies() -> None:
+def test_trap_7_auto_is_what_the_device_multiplies_and_never_fp16() -> None:
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert resolve_precision("auto", CPU) == ("bf16" if has_bf16 else "fp32")
     assert resolve_precision("bf16", CPU) == "bf16"

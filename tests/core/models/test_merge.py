@@ -72,7 +72,7 @@ def test_in_full_precision_the_merged_model_answers_as_base_and_adapter(tiny: Pa
     ("name", "quantization"),
     [("default", "nf4"), ("dora", "nf4-double"), ("pissa", "fp4"), ("mora", "nf4"), ("default", "int8")],
 )
-def test_a_quantised_base_is_merged_as_its_quantised_weights_and_only_when_asked(
+def test_trap_14_a_quantised_base_is_merged_as_its_quantised_weights_and_only_when_asked(
     tiny: Path, tmp_path: Path, name: str, quantization: Quantization
 ) -> None:
     adapter = adapter_folder(tiny, tmp_path / "adapter", TUNINGS[name], quantization)

@@ -52,7 +52,7 @@ def test_the_order_of_events(tiny: Path, cache: Path, tmp_path: Path) -> None:
     assert (facts["step"], facts["rank"], facts["tuning"]) == (10, 4, "lora")
 
 
-def test_started_shows_the_mask_and_steps_count_tokens_without_padding(tiny: Path, tmp_path: Path) -> None:
+def test_trap_11_steps_count_tokens_without_padding_and_started_shows_the_mask(tiny: Path, tmp_path: Path) -> None:
     rows = [([5, 6, 7, 8, 2], [0, 0, 0, 1, 1]), ([9, 10, 2], [0, 1, 1])]
     spec = spec_of(data={"datasets": [{"dataset_id": "ds_00000000"}]}, schedule={"max_steps": 1}, batch={"micro_batch_size": 2})
     events = train_here(run_input(tiny, write_cache(tmp_path / "cache", rows), spec), tmp_path / "run")
@@ -126,7 +126,7 @@ def test_a_step_is_the_same_in_one_micro_batch_or_eight(tiny: Path, cache: Path,
     assert series[2] == pytest.approx(series[8], abs=2e-5)
 
 
-def test_checkpointing_changes_no_number(tiny: Path, cache: Path, tmp_path: Path) -> None:
+def test_trap_9_checkpointing_changes_no_number(tiny: Path, cache: Path, tmp_path: Path) -> None:
     plain = losses(train_here(run_input(tiny, cache, spec_of()), tmp_path / "plain"))
     again = spec_of(memory={"precision": "fp32", "checkpointing": True})
     assert losses(train_here(run_input(tiny, cache, again), tmp_path / "again")) == plain

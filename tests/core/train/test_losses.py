@@ -86,8 +86,8 @@ def test_evaluation_reports_rows_in_their_order_and_keeps_the_mode(model: Any, c
         assert total == pytest.approx(sum(expected), rel=1e-5)
 
 
-def test_gradients_do_not_depend_on_how_a_step_is_cut_or_laid_out(loaded: Any) -> None:
-    """Traps 3 and 4: 1×8 = 2×4 = 4×2 = 8×1 = packed, a short last window included."""
+def test_trap_3_gradients_do_not_depend_on_how_a_step_is_cut_or_laid_out(loaded: Any) -> None:
+    """1×8 = 2×4 = 4×2 = 8×1 = packed, a short last window included."""
     examples = EXAMPLES[:7]
     terms = sum(example.trained_tokens for example in examples)
 
@@ -106,8 +106,8 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut_or_laid_out(loaded: Any) -
             assert float((one - other).abs().max()) < 1e-5 * scale, str(layout)
 
 
-def test_a_packed_row_does_not_see_its_neighbours(loaded: Any) -> None:
-    """Trap 4: change one document and the others' losses do not move by a bit."""
+def test_trap_4_a_packed_row_does_not_see_its_neighbours(loaded: Any) -> None:
+    """Change one document and the others' losses do not move by a bit."""
     loaded.set_attn_implementation(DOCUMENTS)
     whole = token_loss(loaded, collate_packed(EXAMPLES, CPU), SftObjective()).sums
     ids, mask = EXAMPLES[3].sequences[0]
@@ -134,7 +134,7 @@ def test_bins_hold_every_example_once_and_no_more_than_they_may() -> None:
     assert [len(part) for part in Padded(3).split(EXAMPLES)] == [3, 3, 2]
 
 
-def test_chunked_logits_give_the_same_loss_and_gradient(model: Any, collate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trap_12_chunked_logits_give_the_same_gradient(model: Any, collate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def run() -> tuple[float, torch.Tensor]:
         model.zero_grad()
         total = token_loss(model, collate(EXAMPLES, CPU), SftObjective()).sums.sum()
@@ -148,8 +148,7 @@ def test_chunked_logits_give_the_same_loss_and_gradient(model: Any, collate: Any
     assert torch.allclose(chunked[1], whole[1], atol=1e-5)
 
 
-def test_prompt_and_padding_carry_no_label_and_the_end_token_does() -> None:
-    """Traps 1 and 2."""
+def test_trap_1_labels_are_the_renderers_prompt_and_padding_carry_none() -> None:
     end = 2
     examples = as_examples([([5, 6, 7, end], [0, 0, 1, 1]), ([5, 6, 7, 8, 9, end], [1, 0, 0, 1, 1, 1])])
     padded, packed = collate_padded(examples, CPU), collate_packed(examples, CPU)
@@ -163,7 +162,7 @@ def test_prompt_and_padding_carry_no_label_and_the_end_token_does() -> None:
         assert (batch.tokens, batch.trained_tokens) == (10, 5)
 
 
-def test_the_padding_id_may_be_a_trained_one() -> None:
+def test_trap_2_the_padding_id_may_be_a_trained_one() -> None:
     batch = collate_padded(as_examples([([5, 0], [0, 1]), ([5, 6, 0], [0, 1, 1])]), CPU)
     assert batch.labels.tolist() == [[IGNORED, 0, IGNORED], [IGNORED, 6, 0]]
 

@@ -113,6 +113,7 @@ def test_it_learns_resumes_and_reloads(
         ({"tuning": LORA | {"init": "pissa", "dora": True}}, "choose one"),
         ({"tuning": LORA | {"dora": True}, "quantization": {"kind": "int8"}}, "int8"),
         ({"tuning": LORA | {"train_embeddings": True}, "quantization": {"kind": "nf4"}}, "train_embeddings"),
+        ({"quantization": {"kind": "nf4"}, "memory": {"compile": True}}, "compile with a quantized base"),
         ({"quantization": {"kind": "fp4"}, "memory": {"precision": "fp16"}}, "fp4 with fp16"),
         ({"objective": {"kind": "dpo", "loss": "ipo", "label_smoothing": 0.1}}, "label_smoothing"),
         ({"objective": {"kind": "dpo"}, "eval": {"generation": {}}}, "eval.generation"),

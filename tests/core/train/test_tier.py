@@ -117,10 +117,10 @@ def test_a_second_time_ends_the_run_with_the_three_knobs(
         list(train(run_input(tiny, cache, spec_of(**packing("off"))), tmp_path, lambda: False))
 
 
-def test_dropout_is_the_same_when_a_step_is_done_again(
+def test_trap_13_dropout_is_honoured_and_the_same_when_a_step_is_done_again(
     tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trap 13: dropout is honoured; and a step repeated from the same chance, cut as before, is the same step."""
+    """A step repeated from the same chance, cut as before, is the same step."""
     spec = spec_of(tuning={"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.3}, **packing("off"))
     whole = losses(train_here(run_input(tiny, cache, spec), tmp_path / "whole"))
     without = losses(train_here(run_input(tiny, cache, spec_of(**packing("off"))), tmp_path / "without"))
