@@ -4,6 +4,7 @@ Order matters where chance is drawn: seed, base, adapter; a checkpoint restores 
 child has read its run.json, before the first step.
 """
 
+import gc
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from core.models.load import load_base, pick_device, quantization_name, resolve_
 from core.run import RunInput
 from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec
 from core.train.batches import TrainingRows, WeightedRows
-from core.train.device import make_accelerator, seed_everything
+from core.train.device import make_accelerator, out_of_memory_named, seed_everything
 from core.train.losses import LOSSES, ExampleLosses, Loss, sequence_nats
 from core.train.optim import build_optimizer
 from core.train.selection import Selection
@@ -105,13 +106,17 @@ class Training:
 
 def build_training(run: RunInput) -> Training:
     """Load, adapt and set up. Raises BadSpec, BadData, NoTrainableTokens, CudaOutOfMemory."""
-    try:
-        return _build(run)
-    except PackingMismatch as mismatch:
-        # From the beginning: a model that kernels were swapped into is not the reference it would now have to be.
-        training = _build(run, plain_because=f"the packed tier disagreed with the plain one: {mismatch}")
-        training.warnings.append(Warned(code="packing_mismatch", message=training.choice.reason))
-        return training
+    with out_of_memory_named(pick_device(run.device)):
+        try:
+            return _build(run)
+        except PackingMismatch as mismatch:
+            reason = f"the packed tier disagreed with the plain one: {mismatch}"
+        # From the beginning: a model that kernels were swapped into is not the reference it would now have to be. Outside
+        # the except block, whose traceback holds that model, and it is a web of cycles: two would not fit.
+        gc.collect()
+        training = _build(run, plain_because=reason)
+    training.warnings.append(Warned(code="packing_mismatch", message=reason))
+    return training
 
 
 def _build(run: RunInput, plain_because: str | None = None) -> Training:
@@ -130,6 +135,8 @@ def _build(run: RunInput, plain_because: str | None = None) -> Training:
         _measure_references(base_model, rows, spec, device, accelerator)
     model = _tuned(base_model, spec)
     if spec.memory.checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise BadSpec(f"memory.checkpointing: the code of {spec.base_model} does not offer it")
         # The re-entrant kind gives frozen bases no gradient at all, and says nothing.
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -243,7 +250,10 @@ def _compile_layers(training: Training) -> None:
     if training.device.type != "cuda":
         raise BadSpec("memory.compile: only offered on a GPU")
     model = training.model.get_base_model() if isinstance(training.model, PeftModel) else training.model
-    for layer in model.get_decoder().layers:
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise BadSpec("memory.compile: this model does not say which of its modules are layers")
+    for layer in layers:
         layer.compile(dynamic=True)
 
 

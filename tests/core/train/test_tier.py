@@ -1,5 +1,6 @@
 """The packed tier against the plain one: chosen, proven on the run's own rows, given up when it disagrees, halved if too big."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,24 @@ def test_a_packed_tier_that_computes_something_else_is_given_up(
     (warning,) = [event for event in events if event.kind == "warning"]
     assert warning.code == "packing_mismatch"
     assert losses(events) == losses(plain), "nothing of the attempt is left in model, adapters or chance"
+
+
+def test_the_model_that_was_given_up_is_gone_before_the_next_one_is_loaded(
+    tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend, load = documents._row_by_row, build.load_base
+    monkeypatch.setattr(documents, "_row_by_row", lambda q, k, v, bounds, scale: attend(q, k, v, [bounds[0], bounds[-1]], scale))
+    loaded: list[Any] = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        assert all(model() is None for model in loaded), "two models would have to fit"
+        base = load(*arguments, **options)
+        loaded.append(weakref.ref(base.model))
+        return base
+
+    monkeypatch.setattr(build, "load_base", watched)
+    assert build.build_training(run_input(tiny, cache, spec_of())).choice.tier == "plain"
+    assert len(loaded) == 2
 
 
 def out_of_memory_in(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> list[str]:
