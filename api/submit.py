@@ -32,7 +32,7 @@ class Submission:
         return {dataset_id: dataset.sha256 for dataset_id, dataset in self.datasets.items()}
 
 
-def check_submission(session: Session, project_id: str, spec: JobSpec) -> Submission:
+def check_submission(session: Session, project_id: str, spec: JobSpec, *, has_judge: bool) -> Submission:
     """Raises InvalidInput with all reasons why the spec can't be a job of this project."""
     problems: list[Problem] = []
     model: Model | None = None
@@ -48,6 +48,9 @@ def check_submission(session: Session, project_id: str, spec: JobSpec) -> Submis
     if spec.adapter_name is not None and any(known.name == spec.adapter_name for known in models.list_models(session)):
         message = f"{spec.adapter_name} is the name of a model; an adapter needs another"
         problems.append(Problem("name-taken", message, pointer="/adapter_name"))
+    if spec.eval.judge and not has_judge:
+        message = "This service has no judge model: leave it out, or ask its operator to set STROP_JUDGE_URL"
+        problems.append(Problem("no-judge", message, pointer="/eval/judge"))
     found = datasets.hold_datasets(session, project_id, [ref.dataset_id for ref in spec.data.datasets])
     problems += _dataset_problems(spec, found)
     if problems or model is None:

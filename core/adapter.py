@@ -61,7 +61,8 @@ class ParityProbe(BaseModel):
     """One sequence with the log-probabilities the trained model gave it, computed as a loader of the saved folder would.
 
     `token_ids` is the whole sequence (prompt and completion); `logprobs[i]` is log p(token_ids[start + i] | what precedes),
-    for the trained model and for the bare base, so that an adapter that loads but does nothing is told apart.
+    for the trained model and for the bare base, so that an adapter that loads but does nothing is told apart. The base has
+    none where the sequence holds new tokens that are not in its vocabulary.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -85,7 +85,7 @@ class Evaluation(_Event):
 
 
 class Answer(BaseModel):
-    """What the model says to a prompt. Long texts are cut, and an ellipsis stands for what was."""
+    """What the model says to a prompt. In an event long texts are cut, and an ellipsis stands for what was."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -102,6 +102,19 @@ class Answered(_Event):
     step: int
     source: Literal["panel", "held_out"]
     answers: list[Answer]
+
+
+class Judged(_Event):
+    """The operator's judge model marked answers of the result. Written by the supervisor, after the child's last word."""
+
+    kind: Literal["judged"] = "judged"
+    step: int = Field(description="The run's last step.")
+    adapter_step: int = Field(description="The step whose weights the result holds, and gave the answers with.")
+    model: str = Field(description="The judge.")
+    asked: int = Field(description="Answers to be marked.")
+    marked: int = Field(description="Answers that have a mark.")
+    judge_score: float = Field(description="Mean of the marks, 1 to 10.")
+    scores: list[int | None] = Field(description="Per answer, in the order of the held-out rows; null is no mark.")
 
 
 class CheckpointWritten(_Event):
@@ -149,7 +162,17 @@ ChildEvent = Annotated[
 """What a training child may say."""
 
 TrainEvent = Annotated[
-    Started | PhaseChanged | Step | Evaluation | Answered | CheckpointWritten | AdapterWritten | Warned | Ended | StatusChanged,
+    Started
+    | PhaseChanged
+    | Step
+    | Evaluation
+    | Answered
+    | CheckpointWritten
+    | AdapterWritten
+    | Warned
+    | Ended
+    | Judged
+    | StatusChanged,
     Field(discriminator="kind"),
 ]
 """What a job's history may hold."""
@@ -185,6 +208,7 @@ METRICS: dict[str, tuple[str, ...]] = {
         "eval_bleu",
         "eval_rouge_l",
     ),
+    "judged": ("judge_score",),
 }
 """Event kind -> its fields that are curves over `step`, as `GET /jobs/{id}/metrics` names them."""
 

@@ -69,6 +69,9 @@ def check_spec(spec: JobSpec, *, architecture: str, context_length: int, config:
     elif architecture not in FAMILIES:
         message = f"{spec.base_model} brings its own code, which a fully tuned model would need beside it: use LoRA"
         problems.append(Problem("remote-code-full-tuning", message, pointer="/tuning/kind"))
+    if spec.data.new_tokens and architecture not in FAMILIES:
+        message = f"{spec.base_model} brings its own code, which a model with new tokens would need beside it"
+        problems.append(Problem("remote-code-new-tokens", message, pointer="/data/new_tokens"))
     obstacle = can_pack(architecture, config, spec.data.max_length)
     if spec.batch.packing == "on" and obstacle is not None:
         problems.append(Problem("packing-impossible", f"{spec.base_model}: {obstacle}", pointer="/batch/packing"))
@@ -99,6 +102,7 @@ def plan(
     no held-out row has a twin: the engine takes equal rows out of training together, and a count does not know of them.
     """
     shape = model_shape(architecture, config)
+    parameters += new_parameters(spec, shape)
     trainable = trainable_parameters(spec, shape, parameters)
     train_rows = eval_rows = steps = None
     if counts is not None:
@@ -161,11 +165,16 @@ def model_shape(architecture: str, config: dict[str, Any]) -> ModelShape:
     return ModelShape(hidden, intermediate, config["num_hidden_layers"], config["vocab_size"], linear, tied)
 
 
+def new_parameters(spec: JobSpec, shape: ModelShape) -> int:
+    """Rows of embedding and head for the new tokens, as if the model had none to spare."""
+    return (1 if shape.tied_embeddings else 2) * len(spec.data.new_tokens) * shape.hidden
+
+
 def trainable_parameters(spec: JobSpec, shape: ModelShape, parameters: int) -> int:
-    """All of them; or those of the adapter, and of embedding and head where these are trained beside it."""
+    """All of them, new tokens' included; or those of the adapter, and those of embedding and head that train beside it."""
     if isinstance(spec.tuning, FullTuning):
         return parameters
-    adapter = adapter_parameters(spec.tuning, _targets(shape, spec.tuning))
+    adapter = adapter_parameters(spec.tuning, _targets(shape, spec.tuning)) + new_parameters(spec, shape)
     if isinstance(spec.tuning, LoraTuning) and spec.tuning.train_embeddings:
         return adapter + (1 if shape.tied_embeddings else 2) * shape.vocabulary * shape.hidden
     return adapter

@@ -4,7 +4,8 @@
 counts.json. It runs without torch, network or database, and dies with its supervisor: the end of stdin ends it.
 
 What stands in an upload never fails it: a bad file is a report and exit code 0. Rows that a job's chat template refuses
-are the job's failure: exit code 12 (bad_data), the reasons on stderr, the last line fit for the user.
+are the job's failure, and so are new tokens it can't have: exit code 12 (bad_data) or 11 (bad_spec), the reasons on stderr, the
+last line fit for the user.
 """
 
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from threading import Thread
 
 from core.data.conversation import Parsed, PlainText, Preference, kind_of
-from core.data.render import Rendered, render, render_preference, render_text
+from core.data.render import Rendered, check_new_tokens, render, render_preference, render_text
 from core.data.rows import read_row, write_row
 from core.data.template import ChatTemplate, choose_template
 from core.data.tokenizer import Tokenizer
@@ -71,9 +72,13 @@ def prepare_rows(request: ValidateInput, work_dir: Path) -> None:
 
 
 def prepare_tokens(request: TokenizeInput, work_dir: Path) -> None:
-    """Leave tokens/ and counts.json; the counts come last. Raises BadData when the template refuses rows."""
-    tokenizer = Tokenizer.from_folder(request.model_folder)
+    """Leave tokens/ and counts.json; the counts come last.
+
+    Raises BadData when the template refuses rows, BadSpec for new tokens that tokenizer or template can't have.
+    """
+    tokenizer = Tokenizer.from_folder(request.model_folder, request.new_tokens)
     template = choose_template(request.template, tokenizer)
+    check_new_tokens(tokenizer, template)
     facts = {
         "renderer": RENDERER_VERSION,
         "tokenizer": tokenizer_digest(request.model_folder),
@@ -82,6 +87,7 @@ def prepare_tokens(request: TokenizeInput, work_dir: Path) -> None:
         "max_length": request.max_length,
         "data_kind": request.data_kind,
         "train_on": request.train_on,
+        "new_tokens": request.new_tokens,
     }
     rows = _rendered(request, tokenizer, template)
     group = 2 if request.data_kind == "preference" else 1

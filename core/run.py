@@ -1,8 +1,8 @@
 """The hand-over between the worker's processes and the children they start: files in a work folder, nothing else.
 
-`python -m core.train RUN_DIR` reads `run.json` (RunInput) and leaves `checkpoints/step-<n>/` and `adapter/`;
-`python -m core.prepare WORK_DIR` reads `prepare.json` (PrepareInput) and leaves what its kind names. A child opens no
-network connection, database or path that is not named here.
+`python -m core.train RUN_DIR` reads `run.json` (RunInput) and leaves `checkpoints/step-<n>/`, `adapter/` and, where a judge is
+asked for, `answers.jsonl` (core.events.Answer, a line each); `python -m core.prepare WORK_DIR` reads `prepare.json`
+(PrepareInput) and leaves what its kind names. A child opens no network connection, database or path that is not named here.
 """
 
 import hashlib
@@ -16,12 +16,16 @@ from core.records import TokenCounts
 from core.spec import DATA_KINDS, DataKind, DataSpec, JobSpec, Objective, SftObjective
 
 RUN_FILE = "run.json"
+ANSWERS_FILE = "answers.jsonl"
 PREPARE_FILE = "prepare.json"
 REPORT_FILE = "report.json"
 ROWS_FILE = "rows.jsonl"
 COUNTS_FILE = "counts.json"
 TOKENS_FOLDER = "tokens"
 LOG_FILE = "log"
+
+JUDGED_ANSWERS = 64
+"""At most so many answers are written for the judge model: each is a call, and the worker waits for it."""
 
 TOKEN_CACHE_KIND = "tokens"
 CHECKPOINT_KIND = "checkpoint"
@@ -75,6 +79,7 @@ class TokenizeInput(_HandOver):
     max_length: int
     data_kind: DataKind = "conversation"
     train_on: TrainOn = Field(description="Asked of conversations; preferences train their last turn, texts everything.")
+    new_tokens: list[str] = Field(default_factory=list, description="Added to the model's tokenizer, as DataSpec has them.")
 
 
 PrepareInput = Annotated[ValidateInput | TokenizeInput, Field(discriminator="kind")]
@@ -118,5 +123,6 @@ def token_key(dataset_sha256: str, tokenizer_digest: str, data: DataSpec, object
         data.template,
         data.max_length,
         train_on if kind == "conversation" else kind,
+        *([data.new_tokens] if data.new_tokens else []),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]

@@ -5,6 +5,7 @@ Units are in the names. Ranges stand in the JSON schema, so the OpenAPI page sho
 the part it needs (`OptimSpec`), never the whole.
 """
 
+from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -24,6 +25,7 @@ ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-
 DatasetId = Annotated[str, StringConstraints(pattern=r"^ds_[a-z0-9]{8,40}$")]
 ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$")]
 ModulePattern = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_*]{1,63}(\.[A-Za-z0-9_*]{1,63}){0,15}$")]
+NewToken = Annotated[str, StringConstraints(pattern=r"^[^\x00]*[^\x00\s][^\x00]*$", max_length=64)]
 MetadataKey = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$", max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$", max_length=512)]
 
@@ -177,6 +179,19 @@ class DataSpec(Frozen):
     )
     max_length: int = Field(default=512, ge=8, le=131072, description="Tokens per row; what is over is cut from the end.")
     eval_rows: int = Field(default=0, ge=0, le=100_000, description="Rows held out of training, chosen by the seed.")
+    new_tokens: list[NewToken] = Field(
+        default_factory=list,
+        max_length=1024,
+        description="Words that become one token each, wherever they stand in a text. The result is a whole model then, whatever "
+        "the tuning: a base that many adapters share has one vocabulary.",
+    )
+
+    @model_validator(mode="after")
+    def _new_tokens_differ(self) -> Self:
+        twice = [token for token, count in Counter(self.new_tokens).items() if count > 1]
+        if twice:
+            raise ValueError(f"new_tokens names {', '.join(map(repr, twice))} more than once")
+        return self
 
 
 class OptimSpec(Frozen):
@@ -242,7 +257,7 @@ class GenerationEval(Frozen):
     max_tokens: int = Field(default=64, ge=1, le=2048)
 
 
-PanelPrompt = Annotated[str, StringConstraints(pattern=r"^[^\x00]*\S[^\x00]*$", max_length=4000)]
+PanelPrompt = Annotated[str, StringConstraints(pattern=r"^[^\x00]*[^\x00\s][^\x00]*$", max_length=4000)]
 EvalMetric = Literal["eval_loss", "eval_reward_accuracy", "eval_exact_match", "eval_bleu", "eval_rouge_l"]
 
 
@@ -265,6 +280,9 @@ class EvalSpec(Frozen):
         default_factory=list, max_length=16, description="Prompts answered at every evaluation, kept as events."
     )
     panel_max_tokens: int = Field(default=64, ge=1, le=2048)
+    judge: bool = Field(
+        default=False, description="Have the operator's judge model mark answers of the result, 1 to 10; needs generation."
+    )
     metric: EvalMetric = Field(default="eval_loss", description="What keep_best and early_stopping go by.")
     keep_best: bool = Field(default=False, description="Hand over the weights of the best evaluation, not the last ones.")
     early_stopping: EarlyStopping | None = None
@@ -273,6 +291,8 @@ class EvalSpec(Frozen):
     def _metric_is_measured(self) -> Self:
         if self.metric in ("eval_exact_match", "eval_bleu", "eval_rouge_l") and self.generation is None:
             raise ValueError(f"metric {self.metric} is only measured with generation")
+        if self.judge and self.generation is None:
+            raise ValueError("judge marks generated answers: set generation")
         if self.early_stopping is not None and self.every_steps is None:
             raise ValueError("early_stopping goes by evaluations: set every_steps")
         return self
@@ -325,6 +345,8 @@ class JobSpec(Frozen):
             reasons.append("full tuning can't train quantized weights: use tuning lora or mora, or quantization none")
         if isinstance(self.tuning, LoraTuning) and self.tuning.train_embeddings and quantized:
             reasons.append("train_embeddings with a quantized base is not offered: use quantization none")
+        if self.data.new_tokens and quantized:
+            reasons.append("data.new_tokens makes a whole model, which a quantized base can't be part of: use quantization none")
         if isinstance(self.tuning, LoraTuning) and self.tuning.dora and isinstance(self.quantization, Int8Quantization):
             reasons.append("dora reads its base's weights in every step, which int8 ones do not allow: use nf4 or fp4")
         if quantized and self.memory.compile:

@@ -158,44 +158,51 @@ def _template(facts: AdapterFacts, servable: Servable, verdict: Verdict) -> None
 def _parity(
     facts: AdapterFacts, record: ParityRecord, servable: Servable, base: AdaptedBase, engine: Engine, verdict: Verdict
 ) -> None:
-    trained: list[float] = []
-    trained_base: list[float] = []
-    here: list[float] = []
-    here_base: list[float] = []
-    vocabulary = base.model.config.vocab_size
+    # Absolute differences, a token each: trained against here, and what the base's answers differ by, then and now.
+    apart: list[float] = []
+    base_apart: list[float] = []
+    effect_then: list[float] = []
+    effect_now: list[float] = []
+    vocabulary, base_vocabulary = (host.model.config.vocab_size for host in (servable.host, base))
     for probe in record.probes:
         # On a GPU an index out of range would take the whole process's context down, not just this check.
         if not all(0 <= token < vocabulary for token in probe.token_ids):
             raise _Refused("parity", {"reason": f"a probe of {PARITY_FILE} holds ids outside the vocabulary of {vocabulary}"})
         try:
-            here += engine.call(lambda p=probe: _measure(servable.host, servable.adapter, p.token_ids, p.start))  # type: ignore[misc]
-            here_base += engine.call(lambda p=probe: _measure(base, None, p.token_ids, p.start))  # type: ignore[misc]
+            here = engine.call(lambda p=probe: _measure(servable.host, servable.adapter, p.token_ids, p.start))  # type: ignore[misc]
+            here_base = []
+            if max(probe.token_ids) < base_vocabulary:  # of tokens that are new in a full model its base knows nothing
+                here_base = engine.call(lambda p=probe: _measure(base, None, p.token_ids, p.start))  # type: ignore[misc]
         except (IndexError, RuntimeError, ValueError) as error:
             raise _Refused("parity", {"reason": f"a probe of {PARITY_FILE} can't be run: {error}"}) from None
-        trained += probe.logprobs
-        trained_base += probe.base_logprobs
-    if not len(here) == len(trained) == len(trained_base):
-        counts = f"{len(trained)} and {len(trained_base)} log-probabilities for {len(here)} tokens"
-        raise _Refused("parity", {"reason": f"{PARITY_FILE} holds {counts}"})
+        if (len(here), len(here_base)) != (len(probe.logprobs), len(probe.base_logprobs)):
+            counts = f"{len(probe.logprobs)} and {len(probe.base_logprobs)} log-probabilities"
+            found = f"{len(here)} and {len(here_base)}"
+            raise _Refused("parity", {"reason": f"a probe of {PARITY_FILE} holds {counts}, and {found} are found here"})
+        apart += _differences(here, probe.logprobs)
+        if here_base:
+            base_apart += _differences(here_base, probe.base_logprobs)
+            effect_then += _differences(probe.logprobs, probe.base_logprobs)
+            effect_now += _differences(here, here_base)
     allowed = tolerance(facts.base.compute_dtype)
-    difference = _distance(here, trained)
     numbers = {
-        "mean_abs_difference": difference,
-        "max_abs_difference": max(abs(a - b) for a, b in zip(here, trained, strict=True)),
-        "base_mean_abs_difference": _distance(here_base, trained_base),
+        "mean_abs_difference": fmean(apart),
+        "max_abs_difference": max(apart),
         "tolerance": allowed,
         "probes": len(record.probes),
-        "tokens": len(here),
+        "tokens": len(apart),
     }
-    if not difference <= allowed:
-        reason = f"log-probabilities differ from those of training by {difference:.2g} nats; {allowed:g} are allowed"
+    if base_apart:
+        numbers["base_mean_abs_difference"] = fmean(base_apart)
+    if not fmean(apart) <= allowed:
+        reason = f"log-probabilities differ from those of training by {fmean(apart):.2g} nats; {allowed:g} are allowed"
         raise _Refused("parity", {**_finite(numbers), "reason": reason})
     verdict.checks.append(Check("parity", True, _finite(numbers)))
-    effect, effect_then = _distance(here, here_base), _distance(trained, trained_base)
-    numbers = {"effect": effect, "effect_in_training": effect_then}
-    if not effect >= EFFECT_SHARE * effect_then:
-        raise _Refused("effect", {**_finite(numbers), "reason": "it changes nothing, or far less than in training"})
-    verdict.checks.append(Check("effect", True, _finite(numbers)))
+    if base_apart:
+        numbers = {"effect": fmean(effect_now), "effect_in_training": fmean(effect_then)}
+        if not numbers["effect"] >= EFFECT_SHARE * numbers["effect_in_training"]:
+            raise _Refused("effect", {**_finite(numbers), "reason": "it changes nothing, or far less than in training"})
+        verdict.checks.append(Check("effect", True, _finite(numbers)))
 
 
 def _measure(host: AdaptedBase, adapter: str | None, token_ids: list[int], start: int) -> list[float]:
@@ -203,8 +210,8 @@ def _measure(host: AdaptedBase, adapter: str | None, token_ids: list[int], start
     return sequence_logprobs(host.model, token_ids, start)
 
 
-def _distance(a: list[float], b: list[float]) -> float:
-    return fmean(abs(x - y) for x, y in zip(a, b, strict=True))
+def _differences(a: list[float], b: list[float]) -> list[float]:
+    return [abs(x - y) for x, y in zip(a, b, strict=True)]
 
 
 def _finite(numbers: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ too. Secrets come from files, so that they stand in no environment, argv or log.
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
+from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
@@ -17,7 +18,8 @@ def _env(name: str, default: Any, description: str) -> Any:
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True)
+    # A refusal does not repeat what it refuses: it may hold a password.
+    model_config = SettingsConfigDict(env_file=".env", extra="ignore", frozen=True, hide_input_in_errors=True)
 
     home: Path = _env("STROP_HOME", Path(".strop"), "Folder of all embedded data: databases, files, logs, the first key.")
     database_url: str = _env("DATABASE_URL", "", "PostgreSQL 15 or newer, as postgresql+psycopg://user@host/database.")
@@ -66,6 +68,15 @@ class Settings(BaseSettings):
     poll_seconds: float = _env("STROP_POLL_SECONDS", 5.0, "How often an endpoint looks for deployments it was not notified of.")
     endpoint_name: str = _env("STROP_ENDPOINT_NAME", "endpoint", "Name an endpoint signs its receipts with.")
 
+    judge_url: str = _env(
+        "STROP_JUDGE_URL", "", "Base URL of an OpenAI-compatible API that marks answers, as http://host:8001/v1; none: no judge."
+    )
+    judge_model: str = _env("STROP_JUDGE_MODEL", "", "The judge's name at that address; goes with STROP_JUDGE_URL.")
+    judge_key_file: Path | None = _env("STROP_JUDGE_KEY_FILE", None, "File with the judge's API key, where it asks for one.")
+    judge_seconds: float = _env(
+        "STROP_JUDGE_SECONDS", 60.0, "A mark that takes longer is given up; all of a run's, after 8 times that."
+    )
+
     upload_max_bytes: int = _env("STROP_UPLOAD_MAX_BYTES", 10 << 30, "Largest dataset file accepted.")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = _env(
         "STROP_ALLOWED_HOSTS", (), "Host names answered besides localhost, comma separated; `*` answers any."
@@ -75,6 +86,18 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _judge_is_whole(self) -> Self:
+        if bool(self.judge_url) != bool(self.judge_model):
+            raise ValueError("STROP_JUDGE_URL and STROP_JUDGE_MODEL go together: set both, or neither")
+        if self.judge_key_file is not None and not self.judge_url:
+            raise ValueError("STROP_JUDGE_KEY_FILE is set, and no judge: set STROP_JUDGE_URL and STROP_JUDGE_MODEL too")
+        if self.judge_url and not _is_base_url(self.judge_url):
+            raise ValueError("STROP_JUDGE_URL must be http(s)://host[:port][/path]; a key belongs in STROP_JUDGE_KEY_FILE")
+        if not 0 < self.judge_seconds <= 3600:
+            raise ValueError("STROP_JUDGE_SECONDS must be above 0 and at most 3600")
+        return self
 
     @property
     def storage(self) -> str:
@@ -89,9 +112,23 @@ class Settings(BaseSettings):
         return (self.scratch or self.home / "scratch").absolute()
 
     @property
+    def has_judge(self) -> bool:
+        return bool(self.judge_url)
+
+    @property
     def pepper(self) -> bytes:
         """The HMAC key of API keys. Raises FileNotFoundError with the path when the file is missing."""
         return (self.pepper_file or self.home / "pepper").read_bytes().strip()
+
+
+def _is_base_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port_is_number = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    is_plain = "@" not in parts.netloc and not parts.query and not parts.fragment
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port_is_number and is_plain
 
 
 @lru_cache

@@ -160,6 +160,7 @@ class Preparer:
             max_length=claim.spec.data.max_length,
             data_kind=data_kind,
             train_on=train_on,
+            new_tokens=claim.spec.data.new_tokens,
         )
         for _ in range(_TOKENIZE_TRIES):
             folder = context.scratch.fresh(claim.job_id, missing.dataset_id)

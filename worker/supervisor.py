@@ -3,7 +3,7 @@
 The child trains; this process watches it, and holds neither torch nor a gradient. The pump below reads the child's events
 and obeys four voices: a lost fence (kill, write nothing more), a cancellation (SIGTERM, then SIGKILL), a drain of this
 worker (the line `stop`, then SIGKILL), and a database silent for `orphan_seconds` (as a drain). What waits on the network or
-a disk lives in threads of its own: heartbeat, recorder, uploader.
+a disk lives in threads of its own: heartbeat, recorder, uploader. The judge model alone is waited for; no child is left then.
 """
 
 import logging
@@ -20,24 +20,22 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import select as sql_select
 from sqlalchemy.orm import Session
 
 from core.errors import ArtifactError, FenceLost
-from core.events import AdapterWritten, CheckpointWritten, ChildEvent, Ended, Warned, parse_child_event
-from core.manifest import folder_digest, verify_folder
-from core.model_folder import verify_code
-from core.run import CHECKPOINT_KIND, LOG_FILE, RUN_FILE, TOKEN_CACHE_KIND, RunInput, TokenCacheRef
-from core.states import Reason
-from store import files, runs
+from core.events import AdapterWritten, CheckpointWritten, ChildEvent, Ended, PhaseChanged, parse_child_event
+from core.run import LOG_FILE, RUN_FILE
+from core.states import Phase, Reason
+from store import runs
 from store.db import UNREACHABLE
-from store.tables import JobDataset, Model
 from worker import failures
 from worker.artifacts import Uploader
 from worker.child import Child
 from worker.context import Context
+from worker.judge import judge_answers
 from worker.lease import Lease, Standing
 from worker.publisher import GaveUp, RunEvents
+from worker.staging import Refused, stage_run
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -67,14 +65,6 @@ class _End:
     reason: Reason
     message: str
     result: runs.Result | None = None
-
-
-class _Refused(Exception):
-    """The attempt can't begin, or went wrong in a way that names its reason."""
-
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(message)
-        self.end = _End(reason, message)
 
 
 class Supervisor:
@@ -131,8 +121,8 @@ class _Attempt:
                 end = self._train()
             except (FenceLost, GaveUp):
                 raise
-            except _Refused as refused:
-                end = refused.end
+            except Refused as refused:
+                end = _End(refused.reason, str(refused))
             except Exception:
                 log.exception("%s: attempt %d failed in its supervisor", self._claim.job_id, self._claim.attempt)
                 end = _End(Reason.INTERNAL_ERROR, "The supervisor of the run failed.")
@@ -144,7 +134,7 @@ class _Attempt:
             self._events.abandon()
 
     def _train(self) -> _End:
-        run = self._run_input()
+        run = stage_run(self._context, self._claim, self._patiently, self._events)
         (self._run_dir / RUN_FILE).write_text(run.model_dump_json(indent=1))
         reading, writing = os.pipe()
         try:
@@ -166,7 +156,26 @@ class _Attempt:
         reason, message = failures.judge(exit_code, self._ended, child.tail(), asked_to_stop=stopping)
         self._uploader.close()
         self._check_fence()
-        return self._result(message) if reason is Reason.FINISHED else _End(reason, message)
+        if reason is not Reason.FINISHED:
+            return _End(reason, message)
+        end = self._result(message)
+        if end.result is not None and self._claim.spec.eval.judge:
+            self._judge(end.result.facts.step)
+        return end
+
+    def _judge(self, adapter_step: int) -> None:
+        self._events.say([PhaseChanged(phase=Phase.EVALUATING)])
+        step = adapter_step if self._ended is None else self._ended.step
+        said = judge_answers(
+            self._context.settings, self._run_dir, step=step, adapter_step=adapter_step, should_end=self._must_end
+        )
+        self._check_fence()
+        self._events.say(said)
+
+    def _must_end(self) -> bool:
+        """Someone waits for this run to be over, or nothing of it can be stored any more."""
+        failed = self._events.failure is not None or self._uploader.failure is not None
+        return failed or self._lease.standing is not Standing.HELD or self._context.drain.is_set() or self._is_orphan()
 
     def _result(self, message: str) -> _End:
         if self._adapter is None:
@@ -178,7 +187,7 @@ class _Attempt:
             return _End(Reason.BAD_ARTIFACT, failures.tidy(f"The result did not verify: {error}"))
 
     def _pump(self, child: Child, pipe: int) -> _Asked:
-        """Read events until the child is gone and its pipe is empty. Raises FenceLost, _Refused; the caller reaps."""
+        """Read events until the child is gone and its pipe is empty. Raises FenceLost, Refused; the caller reaps."""
         os.set_blocking(pipe, False)
         asked, kill_at, unread, is_open = _Asked.NOTHING, None, b"", True
         while True:
@@ -196,7 +205,7 @@ class _Attempt:
             elif chunk:
                 *lines, unread = (unread + chunk).split(b"\n")
                 if len(unread) > _LINE_BYTES:
-                    raise _Refused(Reason.INTERNAL_ERROR, "The training process wrote an event without an end.")
+                    raise Refused(Reason.INTERNAL_ERROR, "The training process wrote an event without an end.")
                 self._take(lines)
                 continue
             if has_exited:  # looked at before the read, so nothing can have come since
@@ -209,7 +218,7 @@ class _Attempt:
             if isinstance(failure, FenceLost):
                 raise failure
             if failure is not None:
-                raise _Refused(Reason.INTERNAL_ERROR, "The record refused an event of the training process.")
+                raise Refused(Reason.INTERNAL_ERROR, "The record refused an event of the training process.")
         if self._lease.standing is Standing.LOST:
             raise FenceLost(f"{self._claim.job_id}: attempt {self._claim.attempt} no longer owns the job")
 
@@ -249,80 +258,12 @@ class _Attempt:
             event = parse_child_event(line.replace(b"\\u0000", b"\\ufffd"))
         except ValidationError:
             log.warning("%s: not an event: %r", self._claim.job_id, line[:200])
-            raise _Refused(Reason.INTERNAL_ERROR, "The training process wrote something that is no event.") from None
+            raise Refused(Reason.INTERNAL_ERROR, "The training process wrote something that is no event.") from None
         if event.seq != self._child_seq + 1:
             message = f"The training process lost events: number {event.seq} came after {self._child_seq}."
-            raise _Refused(Reason.INTERNAL_ERROR, message)
+            raise Refused(Reason.INTERNAL_ERROR, message)
         self._child_seq = event.seq
         return event
-
-    def _run_input(self) -> RunInput:
-        spec = self._claim.spec
-        model, keys = self._patiently(self._look_up)
-        if model is None:
-            raise _Refused(Reason.BAD_SPEC, f"The base model {spec.base_model} is no longer registered.")
-        model_folder = self._context.settings.models_folder / model.folder
-        if not (model_folder / "config.json").is_file():
-            raise _Refused(
-                Reason.INTERNAL_ERROR, f"The folder of the base model {model.name} is missing on {self._context.name}."
-            )
-        if model.allow_remote_code:
-            try:
-                verify_code(model_folder, model.config)
-            except ArtifactError as error:
-                log.error("%s: %s", self._claim.job_id, error)
-                message = f"The code of the base model {model.name} is not the code it was registered with."
-                raise _Refused(Reason.BAD_ARTIFACT, message) from None
-        return RunInput(
-            job_id=self._claim.job_id,
-            attempt=self._claim.attempt,
-            spec=spec,
-            model_folder=model_folder,
-            model_weights=model.weights,
-            allow_remote_code=model.allow_remote_code,
-            token_caches=[
-                TokenCacheRef(
-                    dataset_id=ref.dataset_id,
-                    folder=self._token_cache(ref.dataset_id, keys[ref.dataset_id]),
-                    weight=ref.weight,
-                )
-                for ref in spec.data.datasets
-            ],
-            resume_from=self._checkpoint(),
-        )
-
-    def _look_up(self, session: Session) -> tuple[Model | None, dict[str, str]]:
-        model = session.scalar(sql_select(Model).where(Model.name == self._claim.spec.base_model))
-        keys = sql_select(JobDataset.dataset_id, JobDataset.token_key).where(JobDataset.job_id == self._claim.job_id)
-        return model, {row.dataset_id: row.token_key for row in session.execute(keys)}
-
-    def _token_cache(self, dataset_id: str, key: str) -> Path:
-        try:
-            folder = self._context.storage.fetch_folder(files.tokens_key(dataset_id, key))
-            verify_folder(folder, TOKEN_CACHE_KIND)
-        except (ArtifactError, FileNotFoundError) as error:
-            log.error("%s: token cache of %s: %s", self._claim.job_id, dataset_id, error)
-            raise _Refused(Reason.BAD_ARTIFACT, f"The token cache of {dataset_id} is missing or damaged.") from None
-        return folder
-
-    def _checkpoint(self) -> Path | None:
-        """The newest checkpoint that verifies; worse ones are discarded on the way."""
-        point = self._claim.resume
-        while point is not None:
-            key = runs.checkpoint_key(self._claim.job_id, point.attempt, point.step)
-            try:
-                folder = self._context.storage.fetch_folder(key)
-                verify_folder(folder, CHECKPOINT_KIND)
-                if folder_digest(folder) != point.sha256:
-                    raise ArtifactError(f"step-{point.step}: not the checkpoint that was recorded")
-                return folder
-            except (ArtifactError, FileNotFoundError) as error:
-                log.warning("%s: checkpoint discarded: %s", self._claim.job_id, error)
-            message = f"The checkpoint of step {point.step} is missing or damaged; an older one is tried."
-            self._events.say([Warned(code="checkpoint-discarded", message=message)])
-            point = self._patiently(partial(runs.discard_checkpoint, claim=self._claim, point=point))
-            self._context.storage.delete(key)
-        return None
 
     def _close(self, end: _End) -> None:
         self._uploader.close()

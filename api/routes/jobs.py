@@ -77,7 +77,7 @@ def create_job(services: ServicesDep, caller: CallerDep, spec: SpecBody, idempot
             answered = idempotency.find(session, caller.project_id, idempotency_key, digest)
             if answered is not None:
                 return _answer(answered[0], JobRecord.model_validate(answered[1]))
-        submission = submit.check_submission(session, caller.project_id, spec)
+        submission = submit.check_submission(session, caller.project_id, spec, has_judge=services.settings.has_judge)
         job, bell = jobs.create_job(
             session, caller.project_id, spec, dataset_digests=submission.digests, tokenizer=submission.model.tokenizer
         )
@@ -94,7 +94,7 @@ def create_job(services: ServicesDep, caller: CallerDep, spec: SpecBody, idempot
 def plan_job(services: ServicesDep, caller: CallerDep, spec: SpecBody) -> PlanRecord:
     """Dry run: would it be accepted, how many steps, how much memory, and what looks unwise. Nothing is queued."""
     with services.database.transaction() as session:
-        submission = submit.check_submission(session, caller.project_id, spec)
+        submission = submit.check_submission(session, caller.project_id, spec, has_judge=services.settings.has_judge)
         return submit.plan_submission(session, submission)
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from core.data.conversation import Message, PlainText, Preference
 from core.data.template import ChatTemplate
 from core.data.tokenizer import Tokenizer
-from core.errors import InvalidInput, Problem
+from core.errors import BadSpec, InvalidInput, Problem
 from core.run import TrainOn
 
 _PRIVATE_USE = range(0xE000, 0xF900)
@@ -106,6 +106,25 @@ def stop_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*tokenizer.eos_ids, *marks_of(tokenizer, template).end_ids]))
 
 
+def check_new_tokens(tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    """Raise BadSpec with every new token that gets in the way of what template and tokenizer themselves write.
+
+    One that stands there would be taken for a mark, and broken up in contents. One that overlaps the text around a content
+    would reach across the border, and swallow the beginning of a mark or join the prompt's end and the answer's beginning.
+    """
+    before, behind = _written_around_contents(tokenizer, template)
+    wrong = []
+    for text in (token.text for token in tokenizer.new):
+        if any(text in written for written in before | behind):
+            wrong.append(f"{text!r} stands in what the chat template writes itself")
+        elif any(_overlap(written, text) for written in before) or any(_overlap(text, written) for written in behind):
+            wrong.append(f"{text!r} would run into what the chat template writes around a message")
+        elif mark := next((mark for mark in tokenizer.special if mark in text or text in mark or _overlap(text, mark)), None):
+            wrong.append(f"{text!r} can't be told from the special token {mark!r}")
+    if wrong:
+        raise BadSpec(f"data.new_tokens: {'; '.join(wrong)}")
+
+
 def visualize(rendered: Rendered, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
     """A row as people read it: (text with control tokens, carries loss) pieces in order."""
     pieces = []
@@ -136,6 +155,26 @@ def marks_of(tokenizer: Tokenizer, template: ChatTemplate) -> Marks:
         if found and not is_next:
             ends[found[0]] = None
     return Marks(pattern, tuple(ends), tuple(tokenizer.added[end] for end in ends))
+
+
+def _written_around_contents(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[set[str], set[str]]:
+    """(texts that stand before a content, texts that stand behind one): all that the template writes itself."""
+    system, user, answer = (Message(role, _PROBE) for role in ("system", "user", "assistant"))
+    before: set[str] = set()
+    behind: set[str] = set()
+    for messages, is_prompt in (([system, user], True), ([user, answer, user], True), ([user, answer], False)):
+        try:
+            pieces = template.text(messages, tokenizer, add_generation_prompt=is_prompt).split(_PROBE)
+        except InvalidInput:  # then so is every row that looks like this
+            continue
+        before |= set(pieces if is_prompt else pieces[:-1])
+        behind |= set(pieces[1:])
+    return before, behind
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Whether the end of one text is the beginning of the other."""
+    return any(first.endswith(second[:length]) for length in range(1, 1 + min(len(first), len(second))))
 
 
 def _render(

@@ -1,11 +1,13 @@
 """The one way from text to ids and back, for training and serving alike, over the `tokenizers` library alone.
 
 transformers' AutoTokenizer would load torch, and would be a second path. What a model folder says about its special
-tokens (tokenizer_config.json, special_tokens_map.json, generation_config.json) is read here and nowhere else.
+tokens (tokenizer_config.json, special_tokens_map.json, generation_config.json) is read here and nowhere else, and here alone
+a job's new tokens are added to it.
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -13,10 +15,19 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from core.errors import ArtifactError
+from core.errors import ArtifactError, BadSpec
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MAX_PENDING = 8
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A word that a job makes one token of. `pieces` are the ids that its text was before."""
+
+    text: str
+    id: int
+    pieces: tuple[int, ...]
 
 
 class Tokenizer:
@@ -24,13 +35,22 @@ class Tokenizer:
 
     `named` holds the special tokens by the names that chat templates use ("bos_token" -> "<s>"); `bos_id`, `pad_id` and
     `eos_ids` their ids; `added` every added token (text -> id), `special` those of them flagged special.
-    `adds_bos` says that the folder's own post-processor puts the BOS before a text.
+    `adds_bos` says that the folder's own post-processor puts the BOS before a text. `new` are the tokens that the folder
+    does not have.
     """
 
-    def __init__(self, backend: Backend, named: dict[str, str], more_eos: Sequence[int], chat_template: str | None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        named: dict[str, str],
+        more_eos: Sequence[int],
+        chat_template: str | None,
+        new: tuple[NewToken, ...] = (),
+    ) -> None:
         self._backend = backend
         self._lock = Lock()
         self.named = named
+        self.new = new
         self.chat_template = chat_template
         added = backend.get_added_tokens_decoder()
         self.added: dict[str, int] = {token.content: number for number, token in added.items()}
@@ -45,8 +65,12 @@ class Tokenizer:
         backend.post_processor = None
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Tokenizer":
-        """Read a model folder. Raises ArtifactError when there is no usable tokenizer in it."""
+    def from_folder(cls, folder: Path, new_tokens: Sequence[str] = ()) -> "Tokenizer":
+        """Read a model folder, and add new tokens to what it holds.
+
+        These are ordinary text: found wherever they stand, the longest where several begin, and the whitespace around them
+        stays. Raises ArtifactError when there is no usable tokenizer, BadSpec with every new token that can't be one.
+        """
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ArtifactError(f"{folder.name}: tokenizer.json is missing")
@@ -61,7 +85,24 @@ class Tokenizer:
         _add_missing(backend, config, named)
         generation = _read_json(folder / "generation_config.json").get("eos_token_id")
         more_eos = generation if isinstance(generation, list) else [] if generation is None else [generation]
-        return cls(backend, named, more_eos, _chat_template(folder, config))
+        new = _add_new(backend, new_tokens, named.get("unk_token")) if new_tokens else ()
+        return cls(backend, named, more_eos, _chat_template(folder, config), new)
+
+    def save_new_tokens(self, folder: Path) -> None:
+        """Write the new tokens into the copied tokenizer files of a folder, so that any loader gives them the same ids."""
+        if not self.new:
+            return
+        entries = {number: token.__getstate__() for number, token in sorted(self._backend.get_added_tokens_decoder().items())}
+        path = folder / "tokenizer.json"
+        state = _read_json(path)
+        state["added_tokens"] = [{"id": number} | entry for number, entry in entries.items()]
+        path.write_text(json.dumps(state, ensure_ascii=False, indent=2), encoding="utf-8")
+        path = folder / "tokenizer_config.json"
+        config = _read_json(path)
+        # Where this list is, transformers builds some families' tokenizers anew and takes the added tokens from it alone.
+        if "added_tokens_decoder" in config:
+            config["added_tokens_decoder"] = {str(number): entry for number, entry in entries.items()}
+            path.write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
 
     def encode(self, text: str, *, parse_special: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """(ids, (begin, end) character offsets) of a text; nothing is put before or behind it.
@@ -151,6 +192,34 @@ def _add_missing(backend: Backend, config: dict[str, Any], named: dict[str, str]
     for text in named.values():
         if text not in known or not known[text].special:
             backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+
+
+def _add_new(backend: Backend, texts: Sequence[str], unknown: str | None) -> tuple[NewToken, ...]:
+    taken = backend.get_vocab(with_added_tokens=True)
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    pieces = {text: tuple(backend.encode(text, add_special_tokens=False).ids) for text in texts}
+    wrong = []
+    for text in texts:
+        if text in special:
+            wrong.append(f"{text!r} is a special token")
+        elif text in taken or (len(pieces[text]) == 1 and backend.id_to_token(pieces[text][0]) != unknown):
+            wrong.append(f"{text!r} is one token already")
+    _refuse(wrong)
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in texts])
+    first = 1 + max(taken.values())
+    new = tuple(NewToken(text, first + place, pieces[text]) for place, text in enumerate(texts))
+    if any(backend.token_to_id(token.text) != token.id for token in new):
+        _refuse(["the ids of this tokenizer have gaps, so no token can be added behind them"])
+    # Byte-level decoders take a word for bytes whose letters are all ones that they write bytes with: é is one.
+    before = backend.encode("a", add_special_tokens=False).ids
+    said = {token.text: backend.decode([*before, token.id]) for token in new}
+    _refuse([f"{text!r} would be read back as {back[1:]!r}" for text, back in said.items() if text not in back])
+    return new
+
+
+def _refuse(reasons: list[str]) -> None:
+    if reasons:
+        raise BadSpec(f"data.new_tokens: {'; '.join(reasons)}")
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

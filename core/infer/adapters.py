@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 
 from core.adapter import BaseIdentity
 from core.errors import ArtifactError
-from core.models.adapt import load_adapter
+from core.models.adapt import load_adapter, unwrap
 from core.models.load import LoadedBase
 
 
@@ -68,17 +66,5 @@ class AdaptedBase:
             self._switch(self._active)
         else:
             # peft changes the model in place even where it raises; a second wrap over its layers would nest them.
-            self._unwrap()
-
-    def _unwrap(self) -> None:
-        self._peft, self._active = None, None
-        for path, module in list(self.model.named_modules()):
-            parent, _, name = path.rpartition(".")
-            if isinstance(module, BaseTunerLayer):
-                setattr(self.model.get_submodule(parent), name, module.get_base_layer())
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                setattr(self.model.get_submodule(parent), name, module.original_module)
-        if hasattr(self.model, "peft_config"):
-            del self.model.peft_config
-        self.model.requires_grad_(False)
-        self.model.eval()
+            self._peft, self._active = None, None
+            unwrap(self.model)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 
 from core.errors import ArtifactError, BadSpec
@@ -55,7 +57,7 @@ def attach_adapter(model: Any, tuning: LoraTuning | MoraTuning, model_name: str)
         target_modules=list(dict.fromkeys(map(leaf, shapes))),
         use_rslora=tuning.rslora,
         use_dora=tuning.dora,
-        modules_to_save=embedding_paths(model) if tuning.train_embeddings else None,
+        modules_to_save=embedding_paths(model, "tuning.train_embeddings") if tuning.train_embeddings else None,
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -82,7 +84,8 @@ def save_lora(model: PeftModel, folder: Path) -> None:
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for path, layer in _layers(model):
-        down, up, alphas[path] = _as_lora(layer)
+        down, up = as_lora(layer, _TRAINED)
+        alphas[path] = _alpha(layer)
         ranks[path] = _rank(layer)
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = down
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = up
@@ -164,6 +167,30 @@ def load_adapter(base_model: Any, folder: Path, adapter_name: str) -> PeftModel:
     return adapted
 
 
+def as_lora(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) of one of peft's LoRA layers: `layer.scaling` times B·A is what the adapter adds to its weight."""
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    if isinstance(down, mora.SharedSquare):
+        return mora.as_lora(down, up)
+    if isinstance(down, start.Down):
+        return start.as_lora(down, up)
+    return down.weight.detach(), up.weight.detach()
+
+
+def unwrap(model: Any) -> None:
+    """Take every adapter out of a plain model: what is left is its bare base, frozen, in eval mode."""
+    for path, module in list(model.named_modules()):
+        parent, _, name = path.rpartition(".")
+        if isinstance(module, BaseTunerLayer):
+            setattr(model.get_submodule(parent), name, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            setattr(model.get_submodule(parent), name, module.original_module)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model.requires_grad_(False)
+    model.eval()
+
+
 def _attach_mora(model: Any, tuning: MoraTuning, shapes: Shapes, model_name: str) -> PeftModel:
     sizes = {path: mora_size(inputs, outputs, tuning.rank) for path, (inputs, outputs) in shapes.items()}
     largest = max(sizes.values())
@@ -205,12 +232,9 @@ def _rank(layer: Any) -> int:
     return 2 * rank if isinstance(layer.lora_A[_TRAINED], start.Down) else rank
 
 
-def _as_lora(layer: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(A, B, alpha) that give the layer's update in a folder which scales as the adapter's config says."""
-    down, up, alpha = layer.lora_A[_TRAINED], layer.lora_B[_TRAINED], layer.lora_alpha[_TRAINED]
-    if isinstance(down, mora.SharedSquare):
-        return *mora.as_lora(down, up), alpha
-    if isinstance(down, start.Down):
-        # At twice the rank; the scale is alpha / rank, or alpha / sqrt(rank) with rsLoRA.
-        return *start.as_lora(down, up), alpha * (2**0.5 if layer.use_rslora[_TRAINED] else 2)
-    return down.weight.detach(), up.weight.detach(), alpha
+def _alpha(layer: Any) -> float:
+    """What makes a folder that holds `_rank` and the pair of `as_lora` scale as the layer does."""
+    alpha: float = layer.lora_alpha[_TRAINED]
+    if isinstance(layer.lora_A[_TRAINED], start.Down):  # at twice the rank; the scale is alpha / rank, or / sqrt(rank)
+        return alpha * (2**0.5 if layer.use_rslora[_TRAINED] else 2)
+    return alpha

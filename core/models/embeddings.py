@@ -18,15 +18,18 @@ TIED_WARNING = "Model has `tie_word_embeddings=True`"
 """How peft begins its advice to tie by itself."""
 
 
-def embedding_paths(model: Any) -> list[str]:
-    """Paths of a plain model's input embedding and output head. Raises BadSpec where transformers can't name them."""
+def embedding_paths(model: Any, field: str) -> list[str]:
+    """Paths of a plain model's input embedding and output head, for the field of a spec that asks for them.
+
+    Raises BadSpec where transformers can't name them.
+    """
     paths = {id(module): path for path, module in model.named_modules()}
     try:
         wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
     except NotImplementedError:
         wanted = [None]
     if any(id(module) not in paths for module in wanted):
-        raise BadSpec("tuning.train_embeddings: this model does not say which of its modules are embedding and head")
+        raise BadSpec(f"{field}: this model does not say which of its modules are embedding and head")
     return [paths[id(module)] for module in wanted]
 
 

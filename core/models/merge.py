@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
@@ -20,8 +21,9 @@ from core.adapter import ADAPTER_KIND, AdapterFacts
 from core.errors import InvalidInput, StropError
 from core.manifest import closed_folder, folder_digest, verify_folder
 from core.model_folder import MODEL_KIND, ModelFacts, read_model_facts
-from core.models.adapt import CHAT_TEMPLATE_FILE, load_adapter, save_full, save_tokenizer
+from core.models.adapt import CHAT_TEMPLATE_FILE, as_lora, load_adapter, save_full, save_tokenizer, unwrap
 from core.models.load import DTYPES, ComputeDtype, dequantized_weight, load_base
+from core.models.vocabulary import remove_rows
 
 _ADAPTER = "merged"
 
@@ -53,6 +55,25 @@ def merge_adapter(
         save_full(plain, draft, DTYPES[precision or compute])
         save_tokenizer(adapter_folder, draft, (adapter_folder / CHAT_TEMPLATE_FILE).read_text())
     return read_model_facts(output)
+
+
+def fold_trained(model: PeftModel) -> Any:
+    """The plain model that a trained adapter makes of its base, in the base's place and dtype: the end of the training.
+
+    The base is not quantised. What is added to its weights is added in fp32.
+    """
+    plain, adapter = model.get_base_model(), model.active_adapter
+    remove_rows(plain)
+    with torch.no_grad():
+        for module in plain.modules():
+            if isinstance(module, LoraLayer):
+                weight = module.get_base_layer().weight
+                weight.copy_(_updated(module, weight.to(torch.float32), adapter))
+            elif isinstance(module, ModulesToSaveWrapper):
+                for name, parameter in module.modules_to_save[adapter].named_parameters():
+                    module.original_module.get_parameter(name).copy_(parameter)
+    unwrap(plain)
+    return plain
 
 
 def _check(facts: AdapterFacts, base_folder: Path, adapter_folder: Path, output: Path, dequantize: bool) -> None:
@@ -93,14 +114,15 @@ def _folded(adapted: Any, name: str, dtype: torch.dtype) -> torch.Tensor:
     if leaf != "weight" or not isinstance(inner, torch.nn.Linear):
         return getattr(inner, leaf).to(dtype)
     weight = dequantized_weight(inner).to(dtype).to(torch.float32)
-    return _updated(module, weight) if isinstance(module, LoraLayer) else weight
+    return _updated(module, weight, _ADAPTER) if isinstance(module, LoraLayer) else weight
 
 
-def _updated(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+def _updated(layer: Any, weight: torch.Tensor, adapter: str) -> torch.Tensor:
     """W + s·B·A; with DoRA (arXiv 2402.09353, equation 5) each row of that brought to its learned length."""
-    weight = weight + layer.scaling[_ADAPTER] * (layer.lora_B[_ADAPTER].weight @ layer.lora_A[_ADAPTER].weight)
-    if _ADAPTER in layer.lora_magnitude_vector:
-        lengths = layer.lora_magnitude_vector[_ADAPTER].weight
+    down, up = as_lora(layer, adapter)
+    weight = weight + layer.scaling[adapter] * (up @ down)
+    if adapter in layer.lora_magnitude_vector:
+        lengths = layer.lora_magnitude_vector[adapter].weight
         weight = weight * (lengths / torch.linalg.norm(weight, dim=1))[:, None]
     return weight
 

@@ -110,6 +110,11 @@ class TrainingRows:
     def first_row(self) -> Example:
         return self._example(self._order_of(0)[0])
 
+    def ids_from(self, first: int) -> set[int]:
+        """Which of the ids `first` and above stand in the datasets, held out or not."""
+        examples = (rows.example(number) for rows in self._datasets for number in range(len(rows)))
+        return {int(token) for example in examples for ids, _ in example for token in ids[ids >= first]}
+
     def measure_references(self, measure: Callable[[list[Example]], list[tuple[float, ...]]]) -> None:
         """Ask once for the reference log-probabilities of every example that will be trained on or held out."""
         places = sorted({*self._held, *((s.dataset, int(n)) for s in self._sources for n in s.numbers)})

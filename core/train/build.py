@@ -6,6 +6,7 @@ child has read its run.json, before the first step.
 
 import gc
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 
 from core.adapter import BaseIdentity
-from core.data.tokenizer import Tokenizer
+from core.data.tokenizer import NewToken, Tokenizer
 from core.data.tokens import TokenCache
 from core.errors import BadSpec
 from core.eval.evaluate import evaluate
@@ -25,6 +26,7 @@ from core.eval.rows import Example, MicroBatch
 from core.events import Warned
 from core.models.adapt import attach_adapter
 from core.models.load import load_base, pick_device, quantization_name, resolve_precision
+from core.models.vocabulary import extend_vocabulary, install_rows
 from core.run import RunInput
 from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec
 from core.train.batches import TrainingRows, WeightedRows
@@ -47,6 +49,7 @@ from core.train.watchdog import Watchdog
 
 _EXAMPLE_TOKENS = 256
 _PROBED_EXAMPLES = 4
+_NAMED_TOKENS = 10
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Training:
 
     model: Any
     base: BaseIdentity
+    tokenizer: Tokenizer
     device: torch.device
     accelerator: Accelerator
     optimizer: Any
@@ -127,13 +131,16 @@ def _build(run: RunInput, plain_because: str | None = None) -> Training:
     total_steps = rows.total_steps(spec.schedule)
     seed_everything(spec.seed, device)
     base_model, base = _load(run, device)
+    tokenizer = Tokenizer.from_folder(run.model_folder, spec.data.new_tokens)
+    if tokenizer.new:
+        extend_vocabulary(base_model, {token.id: token.pieces for token in tokenizer.new})
     choice = choose_tier(spec, base_model.config, device, base.compute_dtype)
     if plain_because is not None:
         choice = Choice("plain", plain_because)
     accelerator = make_accelerator(device, base.compute_dtype)
     if LOSSES[spec.objective.kind].needs_reference:
         _measure_references(base_model, rows, spec, device, accelerator)
-    model = _tuned(base_model, spec)
+    model = _tuned(base_model, spec, tokenizer.new)
     if spec.memory.checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise BadSpec(f"memory.checkpointing: the code of {spec.base_model} does not offer it")
@@ -148,6 +155,7 @@ def _build(run: RunInput, plain_because: str | None = None) -> Training:
     training = Training(
         model=model,
         base=base,
+        tokenizer=tokenizer,
         device=device,
         accelerator=accelerator,
         optimizer=accelerator.prepare_optimizer(build_optimizer(model.named_parameters(), spec.optim, device, lora_plus_ratio)),
@@ -161,7 +169,7 @@ def _build(run: RunInput, plain_because: str | None = None) -> Training:
         layout=layout_of(spec, choice.tier),
         watchdog=Watchdog(spec.objective, rows_differ=rows.distinct_rows > rows.rows_per_step),
         selection=Selection(spec.eval.metric, keep_best=spec.eval.keep_best, early_stopping=spec.eval.early_stopping),
-        warnings=_warnings(spec, device, total_steps),
+        warnings=[*_warnings(spec, device, total_steps), *_unused_tokens(tokenizer.new, rows)],
     )
     if choice.tier == "packed":
         _enter_packed(training, spec)
@@ -177,9 +185,8 @@ def count_parameters(model: Any) -> tuple[int, int]:
     return trainable, total
 
 
-def render_example(run: RunInput, rows: TrainingRows) -> list[tuple[str, bool]]:
+def render_example(tokenizer: Tokenizer, rows: TrainingRows) -> list[tuple[str, bool]]:
     """The start of the first row as it is trained: decoded pieces and whether they carry loss."""
-    tokenizer = Tokenizer.from_folder(run.model_folder)
     ids, mask = (part[:_EXAMPLE_TOKENS].tolist() for part in rows.first_row().sequences[0])
     pieces: list[tuple[list[int], bool]] = []
     for token, trained in zip(ids, mask, strict=True):
@@ -206,11 +213,14 @@ def _load(run: RunInput, device: torch.device) -> tuple[Any, BaseIdentity]:
     return loaded.model, loaded.identity.model_copy(update={"compute_dtype": precision})
 
 
-def _tuned(base_model: Any, spec: JobSpec) -> Any:
+def _tuned(base_model: Any, spec: JobSpec, new_tokens: Sequence[NewToken]) -> Any:
     if isinstance(spec.tuning, FullTuning):
         base_model.requires_grad_(True)
         return base_model
-    return attach_adapter(base_model, spec.tuning, spec.base_model)
+    adapted = attach_adapter(base_model, spec.tuning, spec.base_model)
+    if new_tokens and not (isinstance(spec.tuning, LoraTuning) and spec.tuning.train_embeddings):
+        install_rows(adapted.get_base_model(), new_tokens[0].id, len(new_tokens))
+    return adapted
 
 
 def _measure_references(model: Any, rows: TrainingRows, spec: JobSpec, device: torch.device, accelerator: Accelerator) -> None:
@@ -269,3 +279,15 @@ def _warnings(spec: JobSpec, device: torch.device, total_steps: int) -> list[War
             )
         )
     return found
+
+
+def _unused_tokens(new_tokens: Sequence[NewToken], rows: TrainingRows) -> list[Warned]:
+    if not new_tokens:
+        return []
+    used = rows.ids_from(new_tokens[0].id)
+    unused = [repr(token.text) for token in new_tokens if token.id not in used]
+    if not unused:
+        return []
+    named = ", ".join(unused[:_NAMED_TOKENS]) + (", ..." if len(unused) > _NAMED_TOKENS else "")
+    message = f"data.new_tokens: no row holds {named}: nothing is learned about {'it' if len(unused) == 1 else 'them'}"
+    return [Warned(code="new_tokens_unused", message=message)]

@@ -6,6 +6,7 @@ Measures and tells; what follows from it (the best weights, an early end) is `co
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 
 from core.data.render import stop_ids
 from core.data.template import choose_template
@@ -13,9 +14,9 @@ from core.data.tokenizer import Tokenizer
 from core.errors import BadData, Diverged
 from core.eval.answers import Question, answer_prompts, answers_event, held_out_prompts, panel_questions
 from core.eval.evaluate import evaluate
-from core.events import Answered, Evaluation
+from core.events import Answer, Answered, Evaluation
 from core.infer.generate import FinishReason
-from core.run import RunInput
+from core.run import JUDGED_ANSWERS, RunInput
 from core.spec import DATA_KINDS
 from core.train.build import Training
 from core.train.tier import plain_attention
@@ -36,7 +37,7 @@ class Examination:
 def prepare_examination(training: Training, run: RunInput) -> Examination:
     """Raises BadData when no held-out row holds a prompt and a whole answer, BadSpec for a panel the template refuses."""
     spec = run.spec
-    tokenizer = Tokenizer.from_folder(run.model_folder)
+    tokenizer = training.tokenizer
     template = choose_template(spec.data.template, tokenizer)
     ends = stop_ids(tokenizer, template)
     questions: list[Question] = []
@@ -88,6 +89,20 @@ def examine(training: Training, asked: Examination, step: int) -> Generator[Eval
     if asked.panel:
         yield answers_event(step, "panel", asked.panel, _answers(training, asked, asked.panel, asked.panel_max_tokens))
     return evaluation
+
+
+def write_answers(training: Training, asked: Examination, path: Path) -> None:
+    """Have the model as it is now answer the first held-out prompts, and write whole texts, for the judge. Raises Diverged.
+
+    Asked anew, because the weights that are handed over may be those of an evaluation before the resume. Special tokens are
+    left out: a judge's server might take them for its own.
+    """
+    questions = asked.questions[:JUDGED_ANSWERS]
+    with path.open("w", encoding="utf-8") as out:
+        for question, (text, reason) in zip(questions, _answers(training, asked, questions, asked.max_tokens), strict=True):
+            prompt = asked.tokenizer.decode(question.ids, skip_special=True)
+            answer = Answer(prompt=prompt, text=text, reference=question.reference, finish_reason=reason)
+            out.write(answer.model_dump_json() + "\n")
 
 
 def _answers(

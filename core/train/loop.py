@@ -15,12 +15,12 @@ import torch
 from core.errors import Diverged, Doomed, RunError
 from core.eval.rows import Example
 from core.events import AdapterWritten, CheckpointWritten, ChildEvent, Ended, Evaluation, PhaseChanged, Started, Step, Warned
-from core.run import RunInput
+from core.run import ANSWERS_FILE, RunInput
 from core.states import Phase, Reason
 from core.train.build import Training, build_training, count_parameters, render_example
 from core.train.checkpoint import restore_checkpoint, write_checkpoint
 from core.train.device import out_of_memory_named, random_state, set_random_state
-from core.train.examine import Examination, examine, prepare_examination
+from core.train.examine import Examination, examine, prepare_examination, write_answers
 from core.train.meters import StepClock, memory_gib
 from core.train.optim import learning_rate_factor
 from core.train.result import write_result
@@ -112,6 +112,8 @@ def train(run: RunInput, run_dir: Path, should_stop: Callable[[], bool]) -> Iter
         if selection.keep_best and selection.best is not None:
             chosen, eval_loss = selection.best.step, selection.best.eval_loss
             selection.put_back(training.trainable())
+        if run.spec.eval.judge:
+            write_answers(training, asked, run_dir / ANSWERS_FILE)
         write_result(training, run, run_dir / RESULT_FOLDER, step=chosen, eval_loss=eval_loss)
     yield AdapterWritten(step=chosen, folder=RESULT_FOLDER)
     message = selection.sentence(done) if done < total else Reason.FINISHED.facts.sentence
@@ -228,5 +230,5 @@ def _started(training: Training, run: RunInput, first_step: int) -> Started:
         tier_reason=training.choice.reason,
         trainable_parameters=trainable,
         total_parameters=total,
-        example=render_example(run, training.rows),
+        example=render_example(training.tokenizer, training.rows),
     )

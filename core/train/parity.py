@@ -51,7 +51,10 @@ def measure_lora(model: PeftModel, folder: Path, sequences: Sequence[Probe], bas
 
 
 def measure_full(model: Any, model_folder: Path, sequences: Sequence[Probe], base: BaseIdentity) -> ParityRecord:
-    """The trained model, already in the dtype it was written in, against a fresh load of the base. Leaves it in eval mode."""
+    """The trained model, already in the dtype it was written in, against a fresh load of the base. Leaves it in eval mode.
+
+    The base has no say where a sequence holds new tokens that it has no rows for.
+    """
     model.eval()
     trained = [sequence_logprobs(model, *sequence) for sequence in sequences]
     fresh = load_base(
@@ -62,7 +65,8 @@ def measure_full(model: Any, model_folder: Path, sequences: Sequence[Probe], bas
         precision=base.compute_dtype,
         device=model.device,
     )
-    bare = [sequence_logprobs(fresh.model, *sequence) for sequence in sequences]
+    known = fresh.model.config.vocab_size
+    bare = [sequence_logprobs(fresh.model, ids, start) if max(ids) < known else [] for ids, start in sequences]
     return _record(sequences, trained, bare, base, model.device)
 
 

@@ -1,7 +1,8 @@
 """The adapter folder: what a finished run leaves behind, whole or not at all.
 
-Weights in the format their loader expects (peft for LoRA, transformers for a full model), tokenizer files, the chat template
-that was trained with, training.json (the spec) and parity.json, closed by a manifest whose facts bind it to its base.
+Weights in the format their loader expects: peft for LoRA, transformers for a full model and for an adapter trained with new
+tokens, which is folded into its base. Tokenizer files, the chat template that was trained with, training.json (the spec) and
+parity.json, closed by a manifest whose facts bind it to its base.
 Nothing here is published: the supervisor verifies the folder and does that.
 """
 
@@ -12,10 +13,10 @@ from peft import PeftModel
 
 from core.adapter import ADAPTER_KIND, PARITY_FILE, AdapterFacts
 from core.data.template import choose_template
-from core.data.tokenizer import Tokenizer
 from core.manifest import closed_folder
 from core.models.adapt import save_full, save_lora, save_tokenizer, saved_rank
 from core.models.load import DTYPES
+from core.models.merge import fold_trained
 from core.run import RunInput
 from core.train.build import Training
 from core.train.parity import measure_full, measure_lora, probe_sequences
@@ -25,16 +26,17 @@ TRAINING_FILE = "training.json"
 
 
 def write_result(training: Training, run: RunInput, folder: Path, *, step: int, eval_loss: float | None) -> None:
-    """Write and close the adapter folder. The end of the training: full weights are cast to the compute dtype in place."""
-    tuning = run.spec.tuning
-    template = choose_template(run.spec.data.template, Tokenizer.from_folder(run.model_folder))
+    """Write and close the adapter folder. The end of the training: weights are folded and cast to the compute dtype in place."""
+    template = choose_template(run.spec.data.template, training.tokenizer)
+    # An adapter for a vocabulary that its base doesn't have would fit no endpoint's base.
+    is_adapter = isinstance(training.model, PeftModel) and not training.tokenizer.new
     facts = AdapterFacts(
-        tuning=tuning.kind,
+        tuning=run.spec.tuning.kind if is_adapter else "full",
         base=training.base,
         job_id=run.job_id,
         attempt=run.attempt,
         step=step,
-        rank=saved_rank(training.model) if isinstance(training.model, PeftModel) else None,
+        rank=saved_rank(training.model) if is_adapter else None,
         template=template.digest,
         eval_loss=eval_loss,
     )
@@ -42,12 +44,14 @@ def write_result(training: Training, run: RunInput, folder: Path, *, step: int, 
     examples = training.rows.eval_rows or [training.rows.first_row()]
     sequences = probe_sequences([example.sequences[0] for example in examples])
     with plain_attention(training.model), closed_folder(folder, ADAPTER_KIND, facts.model_dump(mode="json")) as draft:
-        if isinstance(training.model, PeftModel):
+        if is_adapter:
             save_lora(training.model, draft)
             record = measure_lora(training.model, draft, sequences, training.base)
         else:
-            save_full(training.model, draft, DTYPES[training.base.compute_dtype])
-            record = measure_full(training.model, run.model_folder, sequences, training.base)
+            plain = fold_trained(training.model) if isinstance(training.model, PeftModel) else training.model
+            save_full(plain, draft, DTYPES[training.base.compute_dtype])
+            record = measure_full(plain, run.model_folder, sequences, training.base)
         save_tokenizer(run.model_folder, draft, template.source)
+        training.tokenizer.save_new_tokens(draft)
         (draft / TRAINING_FILE).write_text(json.dumps(run.spec.model_dump(mode="json"), indent=1, sort_keys=True))
         (draft / PARITY_FILE).write_text(record.model_dump_json(indent=1))

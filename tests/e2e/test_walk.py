@@ -189,6 +189,29 @@ def test_preferences_and_texts_walk_the_same_way(objective: str, service: Servic
     assert service.generate(name, "Add 5 and 8.")["usage"]["completion_tokens"] > 0
 
 
+def test_new_tokens_make_a_whole_model_that_is_asked_with_them(service: Service, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.jsonl"
+    rows = [{"prompt": f"<sum> {n} and 6", "completion": f"<sum> {n + 6}"} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"datasets": [{"dataset_id": service.ready_dataset(path)}], "eval_rows": 4, "max_length": 128}
+    spec = tiny_spec("", data=data | {"new_tokens": ["<sum>"]}, adapter_name="walk-tokens")
+    job = service.ended_job(service.submit(spec)["id"])
+    assert job["status"] == "succeeded", job
+    started = next(event["data"] for event in service.events(job["id"]) if event["kind"] == "started")
+    plan = service.api.post("/jobs/plan", json=spec).json()
+    assert (plan["ready"], plan["trainable_parameters"]) == (True, started["trainable_parameters"])
+    plain = service.api.post("/jobs/plan", json=spec | {"data": data}).json()
+    assert plan["trainable_parameters"] == plain["trainable_parameters"] + 64
+    assert service.api.get(f"/adapters/{job['adapter_id']}").json()["versions"][0]["tuning"] == "full"
+    answers = [service.generate(name, "<sum> 5 and 6") for name in (service.deploy(job["adapter_id"]), "tiny")]
+    with_token, without = (answer["usage"]["prompt_tokens"] for answer in answers)
+    assert with_token < without
+
+    refused = service.ended_job(service.submit(spec | {"data": data | {"new_tokens": ["<|im_end|>"]}})["id"])
+    assert (refused["status"], refused["reason"], refused["runs"]) == ("failed", "bad_spec", [])
+    assert refused["message"] == "data.new_tokens: '<|im_end|>' is a special token"
+
+
 def test_a_run_that_stops_early_says_so_and_hands_over_its_best(service: Service, dataset_id: str) -> None:
     watched = {
         "every_steps": 2,

@@ -9,12 +9,15 @@ import torch
 from core.adapter import AdapterFacts
 from core.data.tokenizer import Tokenizer
 from core.manifest import read_manifest
+from core.model_folder import read_model_facts
 from core.models.adapt import load_adapter
 from core.models.load import load_base, quantization_name
 from core.spec import FullTuning, JobSpec
+from store.models import register_model
 from tests.core.train.runs import random_pairs, random_rows, run_input, spec_of, train_here, write_cache
 from tests.core.train.test_methods import CASES, OBJECTIVES, TUNINGS
 from tests.serving.conftest import Service, running
+from tests.tiny import build_tiny_model
 
 BASES = ("tiny:fp32", "tiny:nf4:fp32", "tiny:nf4-double:fp32", "tiny:fp4-double:fp32", "tiny:int8:fp32")
 TOKENS = 8
@@ -77,3 +80,41 @@ def test_every_method_answers_as_it_was_trained(prepared: Service, tmp_path: Pat
             within = 2e-2 if name.startswith("int8") else 1e-3
             assert given["logprobs"] == pytest.approx(logprobs[:count], abs=within), name
             assert given["logprobs"][0] != pytest.approx(base[0], abs=1e-4), f"{name} answers as the bare base does"
+
+
+def test_a_model_with_new_tokens_is_asked_in_its_own_vocabulary(prepared: Service, tmp_path: Path) -> None:
+    """Its base has no rows for them, and goes on beside it as it was."""
+    torch.set_num_threads(1)
+    small = build_tiny_model(prepared.model.parent / "small", vocab_size=432, tie_word_embeddings=False)
+    facts = read_model_facts(small)
+    with prepared.database.transaction() as session:
+        register_model(session, "small", small.name, facts)
+    prepared.settings = prepared.settings.model_copy(update={"bases": ("small:fp32",), "poll_seconds": 0.5})
+    text = "The <tool> of <tool>!"
+    asked = Tokenizer.from_folder(small, ["<tool>"]).encode(text, parse_special=True)[0]
+    assert asked.count(432) == 2
+    rows = [([*ids[:-2], 432, 2], mask) for ids, mask in random_rows(40)]
+    data = {"datasets": [{"dataset_id": "ds_00000000"}], "eval_rows": 6, "new_tokens": ["<tool>"]}
+    published = {}
+    for name, told in (("always", rows), ("sometimes", rows[:20] + random_rows(40)[20:])):
+        run = run_input(small, write_cache(tmp_path / name / "rows", told), spec_of(data=data, schedule={"max_steps": 6}))
+        train_here(run.model_copy(update={"model_weights": facts.weights}), tmp_path / name)
+        folder = tmp_path / name / "adapter"
+        result = AdapterFacts.model_validate(read_manifest(folder)["facts"])
+        assert result.tuning == "full"
+        published[name] = prepared.publish_result(folder, result, name=name)
+        prepared.deploy(published[name])
+    with running(prepared):
+        for name, version in published.items():
+            prepared.wait_routable(name)
+            ids, logprobs = greedy(loaded(prepared, spec_of(tuning={"kind": "full"}), version.folder), asked)
+            given = prepared.ask(name, prompt=text, max_tokens=TOKENS, return_token_ids=True, logprobs=True).json()
+            count = len(given["token_ids"])
+            assert given["token_ids"] == ids[:count]
+            assert given["logprobs"] == pytest.approx(logprobs[:count], abs=1e-3)
+            assert given["usage"]["prompt_tokens"] == len(asked)
+            # Where every probe holds a new token there is nothing to compare with the base's answers.
+            checks = {receipt.check for receipt in prepared.receipts(version)}
+            assert ("parity" in checks, "effect" in checks) == (True, name == "sometimes")
+        base = prepared.ask("small", prompt=text, max_tokens=1).json()
+        assert base["usage"]["prompt_tokens"] > len(asked)

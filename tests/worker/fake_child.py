@@ -15,6 +15,7 @@ from pathlib import Path
 from core.adapter import ADAPTER_KIND, AdapterFacts, BaseIdentity
 from core.events import (
     AdapterWritten,
+    Answer,
     CheckpointWritten,
     Ended,
     PhaseChanged,
@@ -23,7 +24,7 @@ from core.events import (
     Warned,
 )
 from core.manifest import closed_folder
-from core.run import CHECKPOINT_KIND, read_run_input
+from core.run import ANSWERS_FILE, CHECKPOINT_KIND, read_run_input
 from core.states import Phase, Reason
 
 
@@ -92,6 +93,10 @@ class Child:
             (draft / "weights").write_text(self.run.job_id)
         self.say(AdapterWritten(step=step, folder="adapter"))
 
+    def answers(self, count: int) -> None:
+        said = [Answer(prompt=f"What is {n}?", text=f"It is {n}", reference=f"{n}", finish_reason="stop") for n in range(count)]
+        (self.run_dir / ANSWERS_FILE).write_text("".join(answer.model_dump_json() + "\n" for answer in said))
+
     def tear_adapter(self) -> None:
         (self.run_dir / "adapter" / "weights").write_text("rot")
 
@@ -129,6 +134,9 @@ class Child:
     def print(self, text: str, times: int = 1) -> None:
         sys.stdout.write((text + "\n") * times)
         sys.stdout.flush()
+
+    def environment(self) -> None:
+        self.print(str(dict(os.environ)))
 
     def fail(self, text: str) -> None:
         raise RuntimeError(text)

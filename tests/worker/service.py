@@ -16,7 +16,7 @@ from sqlalchemy import create_engine, func, select, text
 from core.manifest import closed_folder
 from core.records import EventRecord, TokenCounts
 from core.run import TOKEN_CACHE_KIND
-from core.spec import CheckpointSpec, DatasetRef, DataSpec, JobSpec, Objective, SftObjective
+from core.spec import CheckpointSpec, DatasetRef, DataSpec, EvalSpec, GenerationEval, JobSpec, Objective, SftObjective
 from core.states import DatasetStatus, JobStatus
 from store import events, files, jobs, outbox
 from store.db import Database
@@ -94,6 +94,7 @@ class Service:
         dataset: str | None = None,
         keep: int = 2,
         objective: Objective | None = None,
+        judge: bool = False,
         **attempts: Any,
     ) -> str:
         """A job that runs a script; queued where `dataset` is left out, else it waits for that dataset's tokens."""
@@ -103,7 +104,8 @@ class Service:
         spec = JobSpec(
             base_model="tiny",
             objective=objective or SftObjective(),
-            data=DataSpec(datasets=[DatasetRef(dataset_id=dataset_id)]),
+            data=DataSpec(datasets=[DatasetRef(dataset_id=dataset_id)], eval_rows=int(judge)),
+            eval=EvalSpec(generation=GenerationEval(), judge=True) if judge else EvalSpec(),
             checkpoints=CheckpointSpec(keep=keep),
             metadata=metadata,
         )

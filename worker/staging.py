@@ -1,0 +1,116 @@
+"""What a run needs before its child starts: model, token caches and the checkpoint it goes on from, checked and on this disk.
+
+Everything is verified against what the record says of it, here and not in the child: the child trusts the paths in run.json.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from core.errors import ArtifactError
+from core.events import Warned
+from core.manifest import folder_digest, verify_folder
+from core.model_folder import verify_code
+from core.run import CHECKPOINT_KIND, TOKEN_CACHE_KIND, RunInput, TokenCacheRef
+from core.states import Reason
+from store import files, runs
+from store.tables import JobDataset, Model
+from worker.context import Context
+from worker.publisher import RunEvents
+
+log = logging.getLogger(__name__)
+
+Transact = Callable[[Callable[[Session], Any]], Any]
+"""Runs a function of a session in a transaction of its own, however long the database is away."""
+
+
+class Refused(Exception):
+    """The attempt can't begin, or went wrong in a way that names its reason."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def stage_run(context: Context, claim: runs.Claim, transact: Transact, events: RunEvents) -> RunInput:
+    """The run input of a claimed job. Says through `events` which checkpoints had to be discarded. Raises Refused."""
+    return _Staging(context, claim, transact, events).run_input()
+
+
+class _Staging:
+    def __init__(self, context: Context, claim: runs.Claim, transact: Transact, events: RunEvents) -> None:
+        self._context = context
+        self._claim = claim
+        self._transact = transact
+        self._events = events
+
+    def run_input(self) -> RunInput:
+        spec = self._claim.spec
+        model, keys = self._transact(self._look_up)
+        if model is None:
+            raise Refused(Reason.BAD_SPEC, f"The base model {spec.base_model} is no longer registered.")
+        model_folder = self._context.settings.models_folder / model.folder
+        if not (model_folder / "config.json").is_file():
+            raise Refused(Reason.INTERNAL_ERROR, f"The folder of the base model {model.name} is missing on {self._context.name}.")
+        if model.allow_remote_code:
+            try:
+                verify_code(model_folder, model.config)
+            except ArtifactError as error:
+                log.error("%s: %s", self._claim.job_id, error)
+                message = f"The code of the base model {model.name} is not the code it was registered with."
+                raise Refused(Reason.BAD_ARTIFACT, message) from None
+        return RunInput(
+            job_id=self._claim.job_id,
+            attempt=self._claim.attempt,
+            spec=spec,
+            model_folder=model_folder,
+            model_weights=model.weights,
+            allow_remote_code=model.allow_remote_code,
+            token_caches=[
+                TokenCacheRef(
+                    dataset_id=ref.dataset_id,
+                    folder=self._token_cache(ref.dataset_id, keys[ref.dataset_id]),
+                    weight=ref.weight,
+                )
+                for ref in spec.data.datasets
+            ],
+            resume_from=self._checkpoint(),
+        )
+
+    def _look_up(self, session: Session) -> tuple[Model | None, dict[str, str]]:
+        model = session.scalar(select(Model).where(Model.name == self._claim.spec.base_model))
+        keys = select(JobDataset.dataset_id, JobDataset.token_key).where(JobDataset.job_id == self._claim.job_id)
+        return model, {row.dataset_id: row.token_key for row in session.execute(keys)}
+
+    def _token_cache(self, dataset_id: str, key: str) -> Path:
+        try:
+            folder = self._context.storage.fetch_folder(files.tokens_key(dataset_id, key))
+            verify_folder(folder, TOKEN_CACHE_KIND)
+        except (ArtifactError, FileNotFoundError) as error:
+            log.error("%s: token cache of %s: %s", self._claim.job_id, dataset_id, error)
+            raise Refused(Reason.BAD_ARTIFACT, f"The token cache of {dataset_id} is missing or damaged.") from None
+        return folder
+
+    def _checkpoint(self) -> Path | None:
+        """The newest checkpoint that verifies; worse ones are discarded on the way."""
+        point = self._claim.resume
+        while point is not None:
+            key = runs.checkpoint_key(self._claim.job_id, point.attempt, point.step)
+            try:
+                folder = self._context.storage.fetch_folder(key)
+                verify_folder(folder, CHECKPOINT_KIND)
+                if folder_digest(folder) != point.sha256:
+                    raise ArtifactError(f"step-{point.step}: not the checkpoint that was recorded")
+                return folder
+            except (ArtifactError, FileNotFoundError) as error:
+                log.warning("%s: checkpoint discarded: %s", self._claim.job_id, error)
+            message = f"The checkpoint of step {point.step} is missing or damaged; an older one is tried."
+            self._events.say([Warned(code="checkpoint-discarded", message=message)])
+            point = self._transact(partial(runs.discard_checkpoint, claim=self._claim, point=point))
+            self._context.storage.delete(key)
+        return None
