@@ -1,0 +1,88 @@
+"""Put fused layers into a model and take them out again. The model stays what it was: modules, names and parameters are the
+same objects, so saving, checkpoints, resuming and the optimiser know nothing of it.
+"""
+
+from typing import Any
+
+from core.spec import Int8Quantization, LoraTuning, MoraTuning, Quantization, Tuning
+from core.train.fused.elementwise import PLAIN, Elementwise
+from core.train.fused.layer import FAMILIES, FusedLayer, projections_of
+from core.train.fused.projection import why_no_projection
+
+_ACTIVATIONS = ("silu", "swish")
+
+
+def can_fuse(model: Any, tuning: Tuning, quantization: Quantization) -> str | None:
+    """None where this model, with or without its adapter, has fused layers that compute what it does; else why not.
+
+    Attention is not asked about: packed rows are the condition of all this (core.catalog.can_pack).
+    """
+    if isinstance(tuning, MoraTuning):
+        return "MoRA has no fused form"
+    if isinstance(tuning, LoraTuning) and tuning.dora:
+        return "DoRA has no fused form"
+    if isinstance(tuning, LoraTuning) and tuning.dropout > 0:
+        return f"fused layers know no dropout, and tuning.dropout is {tuning.dropout:g}"
+    if isinstance(quantization, Int8Quantization):
+        return "int8 weights have no fused form"
+    return _obstacle(_causal_lm(model))
+
+
+def install_fused(model: Any, ops: Elementwise = PLAIN) -> str:
+    """Replace the forward of every decoder layer; what is not a batch of packed rows still goes through the layer's own.
+
+    Weights of layers that read one input become views of one matrix, group by group, so memory grows by one group while it
+    happens and not at all in the end. `ops` are the element-wise functions, compiled or not. Returns what was done. Raises
+    ValueError for a model that `can_fuse` refuses or that is fused already.
+    """
+    causal_lm = _causal_lm(model)
+    if reason := _obstacle(causal_lm):
+        raise ValueError(reason)
+    layers = _layers(causal_lm)
+    if any(fused_layer(layer) is not None for layer in layers):
+        raise ValueError("the model's layers are fused already")
+    for layer in layers:
+        layer.forward = FusedLayer(layer, FAMILIES[causal_lm.config.model_type], ops).forward
+    how = "plain" if ops is PLAIN else "compiled"
+    return f"fused layers ({len(layers)} of {causal_lm.config.model_type}, element-wise functions {how})"
+
+
+def uninstall_fused(model: Any) -> None:
+    """Put every layer's own forward back and give its weights memory of their own. Harmless where nothing was installed."""
+    for layer in _layers(_causal_lm(model)):
+        fused = fused_layer(layer)
+        if fused is not None:
+            del layer.forward
+            fused.part()
+
+
+def fused_layer(layer: Any) -> FusedLayer | None:
+    """What stands in a decoder layer's place; None where nothing does."""
+    forward = vars(layer).get("forward")
+    found = getattr(forward, "__self__", None)
+    return found if isinstance(found, FusedLayer) else None
+
+
+def _obstacle(causal_lm: Any) -> str | None:
+    kind = causal_lm.config.model_type
+    if kind not in FAMILIES:
+        return f"{kind} has no fused layers"
+    if causal_lm.config.hidden_act not in _ACTIVATIONS:
+        return f"fused layers gate with silu, not {causal_lm.config.hidden_act}"
+    for layer in _layers(causal_lm):
+        if type(layer).__module__ != f"transformers.models.{kind}.modeling_{kind}":
+            return "its layers are not transformers' own"
+        if "forward" in vars(layer) and fused_layer(layer) is None:
+            return "something else stands in its layers' place"
+        for group in projections_of(layer, FAMILIES[kind]):
+            if reason := why_no_projection(group):
+                return reason
+    return None
+
+
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _layers(causal_lm: Any) -> list[Any]:
+    return list(causal_lm.get_decoder().layers)

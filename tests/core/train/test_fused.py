@@ -1,0 +1,260 @@
+"""Fused layers against transformers' and peft's own over the same packed rows: the same numbers by another way.
+
+Every family in small, on a CPU; adapters begin with random B, so that every matrix has a gradient.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from core.adapter import Quantization
+from core.eval.rows import Example, MicroBatch, collate_packed, collate_padded
+from core.models.adapt import load_adapter, save_lora
+from core.models.load import dequantized_weight
+from core.models.targets import find_targets
+from core.spec import FullTuning, LoraTuning, MoraTuning, SftObjective
+from core.train import build
+from core.train.fused.install import can_fuse, fused_layer, install_fused, uninstall_fused
+from core.train.fused.layer import FusedLayer
+from core.train.losses import token_loss
+from core.train.tier import plain_attention
+from tests.core.models.adapters import TUNINGS
+from tests.core.train.fused import (
+    CPU,
+    FAMILIES,
+    LORA,
+    Folders,
+    adapted,
+    apart,
+    assert_same,
+    base_of,
+    examples,
+    folders_in,
+    kept,
+    measured,
+    memory,
+    packed,
+)
+from tests.core.train.runs import losses, run_input, spec_of, train_here
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
+"""Its cosines and sines are scaled."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return folders_in(tmp_path_factory.mktemp)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4-double", "fp4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_the_packed_tier_s(folders: Folders, family: str, quantization: Quantization) -> None:
+    model = adapted(base_of(folders(family), quantization=quantization))
+    before, expected = memory(model), measured(model)
+    assert "2 of " + family in install_fused(model)
+    joined = memory(model)
+    assert (joined[0], joined[1] < before[1]) == (before[0], True), "joined weights are no copies"
+    found = measured(model)
+    assert not found.equals(expected), "another way to the same"
+    assert_same(found, expected)
+    uninstall_fused(model)
+    assert memory(model) == before
+    assert measured(model).equals(expected), "as if nothing had been"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *((family, {}) for family in FAMILIES),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("glm", {"attention_bias": True, "num_key_value_heads": 1}),
+        ("llama", {"rope_parameters": YARN}),
+    ],
+)
+def test_full_tuning_reaches_every_weight_norm_and_bias(folders: Folders, family: str, settings: dict[str, Any]) -> None:
+    model = packed(base_of(folders(family, **settings)).requires_grad_(True))
+    expected = measured(model)
+    install_fused(model)
+    found = measured(model)
+    assert found.gradients.keys() == {name for name, _ in model.named_parameters()}
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("name", [name for name in TUNINGS if name not in ("dora", "mora")])
+def test_other_ranks_scales_starts_and_targets(folders: Folders, name: str) -> None:
+    for tuning in (TUNINGS[name], TUNINGS[name].model_copy(update={"target_modules": ["q_proj", "v_proj", "down_proj"]})):
+        if tuning.target_modules != "all-linear" and getattr(tuning, "alpha_pattern", None):
+            continue  # patterns that match nothing are refused
+        model = adapted(base_of(folders("llama")), tuning)
+        assert can_fuse(model, tuning, spec_of().quantization) is None
+        expected = measured(model)
+        install_fused(model)
+        assert_same(measured(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "quantization"), [*((family, "none") for family in FAMILIES), ("llama", "nf4-double"), ("glm4", "fp4-double")]
+)
+def test_in_bf16_no_further_from_the_truth_than_the_packed_tier(
+    folders: Folders, family: str, quantization: Quantization
+) -> None:
+    """The truth is fp32 over the very same weights. Both tiers round, at different places."""
+    base = base_of(folders(family), "bf16", quantization)
+    exact = base_of(folders(family))
+    weights = {f"{path}.weight": dequantized_weight(module) for path, module in find_targets(base, "all-linear").items()}
+    weights |= {name: p.float() for name, p in base.state_dict().items() if p.is_floating_point() and name not in weights}
+    exact.load_state_dict({name: weights[name] for name in exact.state_dict()})
+    truth = measured(adapted(exact))
+    model = adapted(base)
+    before = measured(model, "bf16")
+    install_fused(model)
+    after = measured(model, "bf16")
+    assert apart(truth.gradients, after.gradients) < 1.1 * apart(truth.gradients, before.gradients)
+    assert (after.sums - truth.sums).norm() < 2 * (before.sums - truth.sums).norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_know_nothing_of_each_other(folders: Folders, family: str) -> None:
+    model = adapted(base_of(folders(family)))
+    install_fused(model)
+    rows = examples()
+    ids, mask = rows[1].sequences[0]
+    with torch.no_grad():
+        before = token_loss(model, collate_packed(rows, CPU), SftObjective()).sums
+        changed = [rows[0], Example((((ids + 7) % 400, mask),)), *rows[2:]]
+        after = token_loss(model, collate_packed(changed, CPU), SftObjective()).sums
+    assert torch.equal(before != after, torch.arange(len(rows)) == 1)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "glm4"])
+def test_checkpointing_changes_nothing(folders: Folders, family: str, every: int) -> None:
+    model = adapted(base_of(folders(family), quantization="nf4-double"))
+    install_fused(model)
+    expected = measured(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=every)
+    assert measured(model).equals(expected)
+    kept_without = kept(model, 60)
+    model.gradient_checkpointing_disable()
+    assert kept_without < kept(model, 60)
+
+
+def test_what_is_no_packed_batch_goes_through_the_layers_own(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers from a cache, padded rows, no adapter, another adapter."""
+    model = adapted(base_of(folders("qwen3"))).eval()
+    ids = torch.arange(3, 33)[None]
+    packed_rows, padded_rows = collate_packed(examples(), CPU), collate_padded(examples(), CPU)
+
+    def nats(batch: MicroBatch) -> torch.Tensor:
+        return token_loss(model, batch, SftObjective()).sums
+
+    def found() -> list[torch.Tensor]:
+        with plain_attention(model):
+            first = model(input_ids=ids, use_cache=True)
+            second = model(input_ids=ids[:, :1], past_key_values=first.past_key_values, use_cache=True)
+            found = [first.logits, second.logits, nats(padded_rows)]
+        with model.disable_adapter():
+            return [*found, nats(packed_rows)]
+
+    with torch.no_grad():
+        trained, before = nats(packed_rows), found()
+        save_lora(model, tmp_path)
+        install_fused(model)
+        monkeypatch.setattr(FusedLayer, "_packed", None)
+        # A weight's place in memory decides about the last bit of a product with a single row.
+        torch.testing.assert_close(found(), before, rtol=1e-5, atol=1e-5)
+        with pytest.raises(TypeError, match="not callable"):
+            nats(packed_rows)
+        load_adapter(model, tmp_path, "saved")
+        model.set_adapter("saved")
+        torch.testing.assert_close(nats(packed_rows), trained, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checkpoints": {"every_steps": 3}},
+        {"quantization": {"kind": "nf4"}},
+        {"tuning": {"kind": "full"}, "optim": {"learning_rate": 1e-3}},
+        {"tuning": {"kind": "lora", "rank": 4, "init": "pissa"}},
+        {"memory": {"precision": "fp32", "checkpointing": True}},
+    ],
+    ids=["lora", "nf4", "full", "pissa", "checkpointing"],
+)
+def test_a_run_learns_the_same_and_leaves_the_same(
+    folders: Folders, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    eval_ = {"every_steps": 4, "generation": {"rows": 2, "max_tokens": 4}, "keep_best": True}
+    spec = spec_of(**{"eval": eval_} | change)
+    own = train_here(run_input(folders("qwen2"), cache, spec), tmp_path / "own")
+    enter = build.enter_packed
+
+    def enter_fused(model: Any, device: torch.device) -> str:
+        return f"{enter(model, device)}; {install_fused(model)}"
+
+    monkeypatch.setattr(build, "enter_packed", enter_fused)
+    fused = train_here(run_input(folders("qwen2"), cache, spec), tmp_path / "fused")
+    assert "fused layers" in next(event.tier_reason for event in fused if event.kind == "started")
+    assert losses(fused) == pytest.approx(losses(own), abs=5e-5)
+    assert losses(fused)[-1] < losses(fused)[0]
+    held = [[event.eval_loss for event in events if event.kind == "eval"] for events in (own, fused)]
+    assert held[1] == pytest.approx(held[0], abs=5e-5)
+    name = "model.safetensors" if "full" in str(change) else "adapter_model.safetensors"
+    first, second = (load_file(tmp_path / run / "adapter" / name) for run in ("own", "fused"))
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        torch.testing.assert_close(second[key], tensor, rtol=0, atol=2e-3)
+    if "checkpoints" in change:
+        resumed = train_here(
+            run_input(folders("qwen2"), cache, spec, resume_from=tmp_path / "fused/checkpoints/step-6"), tmp_path / "again"
+        )
+        assert losses(resumed) == losses(fused)[6:], "bit for bit"
+
+
+def test_what_can_t_be_fused_says_why(folders: Folders) -> None:
+    none = spec_of().quantization
+    base = base_of(folders("llama"))
+    assert can_fuse(base, FullTuning(), none) is None
+    assert can_fuse(base, LORA, none) is None
+    assert "MoRA" in str(can_fuse(base, MoraTuning(), none))
+    assert "DoRA" in str(can_fuse(base, LoraTuning(dora=True), none))
+    assert "dropout" in str(can_fuse(base, LoraTuning(dropout=0.1), none))
+    assert "int8" in str(can_fuse(base, LORA, spec_of(quantization={"kind": "int8"}).quantization))
+    assert "gemma has no fused layers" in str(can_fuse(base_of(folders("gemma")), LORA, none))
+    assert "silu, not gelu" in str(can_fuse(base_of(folders("llama", hidden_act="gelu")), LORA, none))
+    assert "Linear8bitLt" in str(can_fuse(base_of(folders("llama"), quantization="int8"), LORA, none))
+
+
+@pytest.mark.parametrize(
+    ("tuning", "reason"),
+    [
+        (MoraTuning(rank=4), "more than two matrices"),
+        (LoraTuning(rank=4, dora=True), "more than two matrices"),
+        (LoraTuning(rank=4, dropout=0.1), "no dropout"),
+    ],
+)
+def test_an_adapter_that_can_t_be_fused_is_found_on_the_model(
+    folders: Folders, tuning: LoraTuning | MoraTuning, reason: str
+) -> None:
+    model = adapted(base_of(folders("llama")), tuning)
+    with pytest.raises(ValueError, match=reason):
+        install_fused(model)
+    assert all(fused_layer(layer) is None for layer in model.get_base_model().model.layers)
+
+
+def test_a_model_is_fused_once(folders: Folders) -> None:
+    model = adapted(base_of(folders("llama")))
+    install_fused(model)
+    with pytest.raises(ValueError, match="already"):
+        install_fused(model)
+    uninstall_fused(model)
+    uninstall_fused(model)
+    layer = model.get_base_model().model.layers[0]
+    layer.forward = lambda *_, **__: None
+    with pytest.raises(ValueError, match="something else"):
+        install_fused(model)

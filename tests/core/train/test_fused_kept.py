@@ -1,0 +1,153 @@
+"""What fused layers keep for the backward pass, and what a compiler makes of them."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface
+from transformers.models.glm import modeling_glm
+from transformers.models.llama import modeling_llama
+
+from core.adapter import Quantization
+from core.eval.rows import collate_packed
+from core.models import documents
+from core.spec import LoraTuning
+from core.train.fused import elementwise
+from core.train.fused.elementwise import compiled
+from core.train.fused.install import install_fused, uninstall_fused
+from tests.core.train.fused import (
+    CPU,
+    FAMILIES,
+    Flash,
+    Folders,
+    adapted,
+    assert_same,
+    base_of,
+    examples,
+    folders_in,
+    kept,
+    measured,
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return folders_in(tmp_path_factory.mktemp)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4-double"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_keeps_what_can_t_be_made_again(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, family: str, quantization: Quantization
+) -> None:
+    monkeypatch.setattr(documents, "_row_by_row", lambda q, k, v, *_: Flash.apply(q.to(v.dtype), k.to(v.dtype), v))
+    rank = 1
+
+    def of_a_layer(fused: bool) -> tuple[float, float]:
+        """Bytes for each token, and whatever the number of tokens."""
+        found = {}
+        for layers in (1, 3):
+            model = adapted(base_of(folders(family, layers=layers), "bf16", quantization), LoraTuning(rank=rank))
+            if fused:
+                install_fused(model)
+            found[layers] = [kept(model, tokens) for tokens in (100, 300)]
+        few, many = (found[3][n] - found[1][n] for n in (0, 1))
+        each = (many - few) / 200 / 2
+        return each, few / 2 - 100 * each
+
+    hidden, heads, keys, size, inner = 64, 4, 2, 16, 128
+    width = 2 * hidden + 2 * heads * size + 2 * keys * size + 2 * inner
+    width += {"qwen3": (heads + keys) * size, "glm4": 2 * hidden}.get(family, 0)
+    adapted_modules = 6 if family.startswith("glm") else 7
+    wide = 2 + heads + {"qwen3": heads + keys, "glm4": 2}.get(family, 0)  # in fp32: of each norm, and attention's own
+    each, constant = of_a_layer(fused=True)
+    assert each == 2 * (width + rank * adapted_modules) + 4 * wide
+    before, _ = of_a_layer(fused=False)
+    assert each < 0.6 * before
+    weights = hidden * (2 * heads + 2 * keys) * size + 3 * hidden * inner
+    assert constant < weights, "no dequantised weight: that would be twice as many bytes"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own doing
+def test_an_epoch_of_long_and_short_batches_needs_two_compilations_a_function(folders: Folders) -> None:
+    """Element-wise functions are compiled on their own, once for one length and once for any."""
+    torch._dynamo.reset()
+    model = adapted(base_of(folders("qwen3", layers=1)))
+    install_fused(model)
+    batches = [collate_packed(examples(seed, longest=longest), CPU) for seed, longest in ((1, 20), (2, 31), (3, 40), (4, 17))]
+    expected = [measured(model, batch=batch) for batch in batches]
+    uninstall_fused(model)
+    assert "compiled" in install_fused(model, compiled(backend="aot_eager", fullgraph=True))
+    graphs = []
+    for batch, wanted in zip(batches, expected, strict=True):
+        assert_same(measured(model, batch=batch), wanted)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] < graphs[1] == graphs[3]
+    torch._dynamo.reset()
+
+
+def _attend_to_all(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> Any:
+    return Flash.apply(query, key, value), None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own doing
+def test_trap_10_a_compiled_layer_keeps_no_dequantised_weight_and_little_else(folders: Folders) -> None:
+    AttentionInterface.register("test_all", _attend_to_all)
+    found = {}
+    for name in ("plain", "compiled"):
+        torch._dynamo.reset()
+        model = adapted(base_of(folders("llama", layers=1), "bf16", "nf4-double"), LoraTuning(rank=1))
+        model.get_base_model().set_attn_implementation("test_all")
+        install_fused(model)
+        if name == "compiled":
+            (layer,) = model.get_base_model().model.layers
+            layer.compile(backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
+        with torch._functorch.config.patch(ban_recompute_materialized_backward=False):
+            found[name] = kept(model, 40)
+    torch._dynamo.reset()
+    assert found["compiled"] < 1.05 * found["plain"]
+
+
+def test_element_wise_gradients_are_those_of_the_functions() -> None:
+    """Against autograd, in double precision of what is under them."""
+    torch.manual_seed(0)
+    x, scale = torch.randn(5, 3, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    result, inverse = elementwise.normed(x, scale, 1e-5, torch.float32)
+    gradient, further = torch.randn_like(result), torch.randn_like(x)
+    of_x, of_scale = torch.autograd.grad(result, (x, scale), gradient)
+    assert torch.equal(elementwise.normed_again(x, scale, inverse, torch.float32), result)
+    torch.testing.assert_close(elementwise.normed_back(gradient, x, scale, inverse, further), of_x + further)
+    torch.testing.assert_close(elementwise.normed_back_scale(gradient, x, inverse), of_scale)
+    both = torch.randn(5, 16, requires_grad=True)
+    product = elementwise.gated(both, torch.float32)
+    (of_both,) = torch.autograd.grad(product, both, torch.ones_like(product))
+    over = both.detach().clone()
+    elementwise.gate_back_in_place(torch.ones_like(product), over)
+    torch.testing.assert_close(over, of_both)
+    for paired in (False, True):
+        heads = torch.randn(5, 3, 8, requires_grad=True)
+        angles = torch.randn(5, 2)
+        cos, sin = angles.cos(), angles.sin()
+        turned = elementwise.turned(heads, cos, sin, paired)
+        assert torch.equal(turned[..., 4:], heads[..., 4:]), "only the first four of eight are turned"
+        torch.testing.assert_close(turned.norm(dim=-1), heads.norm(dim=-1))
+        (of_heads,) = torch.autograd.grad(turned, heads, torch.ones_like(turned))
+        found = elementwise.turned_back(*(torch.ones(5, 1, 8),) * 3, cos, sin, paired)
+        torch.testing.assert_close(found[:, :16], of_heads[:, :2].flatten(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_turn_are_transformers_own_to_the_last_bit(dtype: torch.dtype) -> None:
+    """But for turns in bf16, which transformers rounds three times."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 5, 32).to(dtype)
+    norm = modeling_llama.LlamaRMSNorm(32, eps=1e-5).to(dtype)
+    norm.weight.data.normal_()
+    assert torch.equal(elementwise.normed(x, norm.weight, norm.variance_epsilon, dtype)[0], norm(x))
+    angles = torch.randn(1, 5, 4)
+    cos, sin = (part.repeat(1, 1, 2).to(dtype) for part in (angles.cos(), angles.sin()))
+    for own, paired in ((modeling_llama, False), (modeling_glm, True)):
+        heads = torch.randn(1, 3, 5, 16 if paired else 8).to(dtype)  # GLM turns half of a head
+        expected, _ = own.apply_rotary_pos_emb(heads, heads, cos, sin)
+        found = elementwise.turned(heads[0].transpose(0, 1), cos[0, :, :4], sin[0, :, :4], paired).transpose(0, 1)[None]
+        torch.testing.assert_close(found, expected, rtol=0, atol=0 if dtype == torch.float32 else 4e-2)
