@@ -1,8 +1,8 @@
 """What a run leaves behind, on its way into the storage: checkpoints, the log, the result.
 
-A checkpoint is verified against its manifest, stored, and only then recorded under the fence; from that commit on a later
-attempt resumes from it. All of it happens in one thread, in order, so that a slow storage never stalls the pump. A folder
-named by the child is taken only from within its run folder.
+A checkpoint is verified against its manifest, stored, and only then recorded under the fence, after all that was said before
+it; from that commit on a later attempt resumes from it. All of it happens in one thread, in order, so that a slow storage
+never stalls the pump. A folder named by the child is taken only from within its run folder.
 """
 
 import logging
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.adapter import ADAPTER_KIND, AdapterFacts
-from core.errors import ArtifactError, FenceLost
+from core.errors import ArtifactError, FenceLost, Unavailable
 from core.events import Warned
 from core.manifest import folder_bytes, folder_digest, verify_folder
 from core.run import CHECKPOINT_KIND
@@ -47,6 +47,7 @@ class Uploader:
         run_dir: Path,
         log_file: Path,
         *,
+        flush: Callable[[], bool],
         warn: Callable[[Warned], None],
         give_up: Callable[[], bool],
     ) -> None:
@@ -57,6 +58,7 @@ class Uploader:
         self._log_file = log_file
         self._log_stored = 0
         self._log_stored_at = time.monotonic()
+        self._flush = flush
         self._warn = warn
         self._give_up = give_up
         self._waiting: queue.SimpleQueue[_Written | None] = queue.SimpleQueue()
@@ -141,12 +143,15 @@ class Uploader:
     def _record(self, step: int, sha256: str, size: int) -> list[str]:
         while True:
             try:
-                with self._database.transaction() as session:
-                    return runs.record_checkpoint(session, self._claim, step=step, sha256=sha256, size=size)
-            except UNREACHABLE:
-                if self._abandoned or self._give_up():
-                    raise
-                time.sleep(_RETRY_SECONDS)
+                # What was said up to it comes first: a later attempt begins behind this step and won't say it again.
+                if self._flush():
+                    with self._database.transaction() as session:
+                        return runs.record_checkpoint(session, self._claim, step=step, sha256=sha256, size=size)
+            except UNREACHABLE as error:
+                log.warning("%s: checkpoint of step %d waits: %s", self._claim.job_id, step, type(error).__name__)
+            if self._abandoned or self._give_up():
+                raise Unavailable("the database is away")
+            time.sleep(_RETRY_SECONDS)
 
     def _store_growing_log(self) -> None:
         pause = _LOG_SECONDS + _LOG_SECONDS_PER_MIB * self._log_stored / (1 << 20)

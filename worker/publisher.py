@@ -60,6 +60,13 @@ class RunEvents:
         if len(self._waiting) >= BATCH:
             self._wake.set()
 
+    def flush(self) -> bool:
+        """Store what was said until now. False while the database is away. Raises what `failure` holds."""
+        is_stored = self._store_batch()
+        if self.failure is not None:
+            raise self.failure
+        return is_stored
+
     def has_room(self) -> bool:
         return len(self._waiting) < BACKLOG
 

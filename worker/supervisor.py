@@ -108,6 +108,7 @@ class _Attempt:
             claim,
             run_dir,
             run_dir / LOG_FILE,
+            flush=self._events.flush,
             warn=lambda warned: self._events.say([warned]),
             give_up=self._is_orphan,
         )

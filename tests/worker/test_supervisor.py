@@ -1,5 +1,6 @@
 """One attempt, from claim to close: the real supervisor in this process, a child that obeys a script."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -23,7 +24,7 @@ from store import files, runs
 from store.settings import Settings
 from store.stream import stream_key
 from store.tables import Checkpoint, Job, Model
-from tests.worker.service import FAKE_CHILD, Service, is_alive, run_as_admin
+from tests.worker.service import FAKE_CHILD, Service, is_alive, run_as_admin, wait
 from worker import child
 from worker.context import Context
 from worker.supervisor import Supervisor
@@ -226,6 +227,24 @@ def test_the_next_attempt_resumes_from_the_newest_checkpoint(service: Service, c
     assert [run.resumed_from_step for run in service.read_runs(job_id)] == [None, 4]
     assert service.history(job_id, "started")[0].data["first_step"] == 5
     assert service.read_job(job_id).status == JobStatus.SUCCEEDED
+
+
+def test_a_checkpoint_counts_only_once_all_that_was_said_before_it_is_stored(service: Service, context: Context) -> None:
+    """A later attempt begins behind it: what the batch of a killed worker held of earlier steps would be said by nobody."""
+    lazy = dataclasses.replace(context, settings=context.settings.model_copy(update={"flush_seconds": 3600.0}))
+    job_id = service.job([["train", 1000, 3, 0.05]])
+    running = Background(lazy, job_id)
+
+    def newest() -> int:
+        with service.database.transaction() as session:
+            return session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job_id)) or 0
+
+    wait(lambda: newest() >= 6, 40)
+    upto = newest()
+    steps = {event.data["step"] for event in service.history(job_id, "step")}
+    assert steps >= set(range(1, upto + 1))
+    service.cancel(job_id)
+    running.join()
 
 
 @pytest.mark.parametrize("harm", ["rot", "gone", "swapped"])
