@@ -48,8 +48,9 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
         return _row_by_row(query, key, value, cu_seq_lens_q.tolist(), scale), None
-    # Rotary embeddings may leave queries and keys in fp32 under autocast.
-    q, k, v = (part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value))
+    # Under autocast rotary embeddings may leave queries and keys in fp32, and DoRA over 4-bit weights all three.
+    narrow = torch.get_autocast_dtype("cuda") if value.dtype == torch.float32 else value.dtype
+    q, k, v = (part[0].transpose(0, 1).to(narrow) for part in (query, key, value))
     return _varlen(q, k, v, cu_seq_lens_q, max_length_q, scale)[None], None
 
 

@@ -44,6 +44,7 @@ from core.train.tier import (
     layout_of,
     measure,
     restored_on_failure,
+    rounded_otherwise,
 )
 from core.train.watchdog import Watchdog
 
@@ -249,8 +250,10 @@ def _enter_packed(training: Training, spec: JobSpec) -> None:
             return measure(training.model, examples, layout, loss=training.loss, device=training.device, compute=training.compute)
 
     with restored_on_failure(training.model):
-        plain, again = measured(Padded(1)), measured(Padded(len(examples)))
-        done = enter_packed(training.model, training.device)
+        plain = measured(Padded(1))
+        with rounded_otherwise(training.model, training.device, training.base.compute_dtype):
+            again = measured(Padded(len(examples)))
+        done = enter_packed(training.model, training.device, own_kernels=not spec.memory.compile)
         packed = measured(layout_of(spec, "packed"))
         said = assert_agreement(plain, again, packed, training.base.compute_dtype)
     training.choice = Choice("packed", f"{done}; on the first rows {said}")

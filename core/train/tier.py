@@ -30,9 +30,12 @@ Tier = Literal["plain", "packed"]
 _PLAIN_ATTENTION = "sdpa"
 _LOSS_TOLERANCE: dict[ComputeDtype, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 _GRADIENT_TOLERANCE: dict[ComputeDtype, float] = {"fp32": 1e-3, "bf16": 6e-2, "fp16": 2e-2}
-"""Relative, and never below _NOISE times what the plain tier differs from itself. Two orders of the same sums in bf16 were
-measured 1.5e-2 apart on a trained 1.1B, and 1e-1 on a 7B of random weights."""
+"""Relative, and never below _NOISE times what rounding does to this model's gradient. Two engines in bf16 were measured
+1.5e-2 apart on a trained 1.1B, and 1e-1 on a 7B of random weights."""
 _NOISE = 3.0
+_GRADIENT_AT_MOST = 0.3
+"""However noisy a model is: a gradient further away than that leads elsewhere."""
+_DTYPES: dict[ComputeDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -59,19 +62,20 @@ def layout_of(spec: JobSpec, tier: Tier) -> Layout:
     return Packed(spec.batch.micro_batch_size * spec.data.max_length)
 
 
-def enter_packed(model: Any, device: torch.device) -> str:
-    """Switch a model to packed attention and, on a GPU, to liger's kernels for its family. Returns what was done."""
+def enter_packed(model: Any, device: torch.device, *, own_kernels: bool = True) -> str:
+    """Switch a model to packed attention and, on a GPU, to liger's kernels for its family. Returns what was done.
+
+    `own_kernels` false leaves liger out: a compiler makes kernels of its own, and can't read liger's norms.
+    """
     causal_lm = _causal_lm(model)
     causal_lm.set_attn_implementation(DOCUMENTS)
-    if device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+    if device.type != "cuda" or not own_kernels or importlib.util.find_spec("liger_kernel") is None:
         return "packed attention"
     monkey_patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
     if causal_lm.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         return "packed attention; liger has no kernels for this family"
     # Its fused head would compute all rows of the logits; ours computes those that carry loss.
-    monkey_patch._apply_liger_kernel_to_instance(
-        causal_lm, cross_entropy=False, fused_linear_cross_entropy=False, swiglu=True, rms_norm=True, rope=True
-    )
+    monkey_patch._apply_liger_kernel_to_instance(causal_lm, cross_entropy=False, fused_linear_cross_entropy=False)
     return "packed attention and liger kernels"
 
 
@@ -142,8 +146,34 @@ def measure(
     return Probe(total / terms, gradients)
 
 
+@contextlib.contextmanager
+def rounded_otherwise(model: Any, device: torch.device, compute: ComputeDtype) -> Iterator[None]:
+    """Every layer's input is off by up to half a unit in its last place, as it would be in an engine that adds in another order.
+
+    What that does to a gradient is the model's own noise: 2e-3 here, 1e-1 there. No two engines agree better.
+    """
+    half = torch.finfo(_DTYPES[compute]).eps / 2
+
+    def nudge_with(seed: int) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]:
+        def nudge(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden, *others = arguments
+            chance = torch.Generator(device).manual_seed(seed)  # its own: the run's stands where it stood
+            off = torch.empty(hidden.shape, device=device).uniform_(1 - half, 1 + half, generator=chance)
+            return (hidden * off).to(hidden.dtype), *others
+
+        return nudge
+
+    layers = _causal_lm(model).get_decoder().layers
+    hooks = [layer.register_forward_pre_hook(nudge_with(number)) for number, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def assert_agreement(plain: Probe, again: Probe, packed: Probe, compute: ComputeDtype) -> str:
-    """The measured differences as a sentence. `again` is the plain tier on other micro-batches: what rounding alone does.
+    """The measured differences as a sentence. `again` is the plain tier `rounded_otherwise`, on other micro-batches.
 
     Raises PackingMismatch.
     """
@@ -151,7 +181,7 @@ def assert_agreement(plain: Probe, again: Probe, packed: Probe, compute: Compute
     loss, gradient = _apart(plain, packed)
     _, noise = _apart(plain, again)
     said = f"loss {plain.loss:.5f} plain, {packed.loss:.5f} packed; gradients {gradient:.1e} apart (rounding: {noise:.1e})"
-    allowed = max(_GRADIENT_TOLERANCE[compute], _NOISE * noise)
+    allowed = max(_GRADIENT_TOLERANCE[compute], min(_NOISE * noise, _GRADIENT_AT_MOST))
     if missing or not (loss <= _LOSS_TOLERANCE[compute] and gradient <= allowed):
         raise PackingMismatch(said + (f"; {len(missing)} parameters have a gradient in one tier only" if missing else ""))
     return said

@@ -194,8 +194,8 @@ def test_a_run_learns_the_same_and_leaves_the_same(
     own = train_here(run_input(folders("qwen2"), cache, spec), tmp_path / "own")
     enter = build.enter_packed
 
-    def enter_fused(model: Any, device: torch.device) -> str:
-        return f"{enter(model, device)}; {install_fused(model)}"
+    def enter_fused(model: Any, device: torch.device, **options: Any) -> str:
+        return f"{enter(model, device, **options)}; {install_fused(model)}"
 
     monkeypatch.setattr(build, "enter_packed", enter_fused)
     fused = train_here(run_input(folders("qwen2"), cache, spec), tmp_path / "fused")

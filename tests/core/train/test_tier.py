@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from core.errors import BadSpec, CudaOutOfMemory
+from core.eval.layout import Padded
 from core.models import documents
 from core.train import build, tier
 from core.train.build import Training
@@ -94,6 +95,41 @@ def test_the_model_that_was_given_up_is_gone_before_the_next_one_is_loaded(
     monkeypatch.setattr(build, "load_base", watched)
     assert build.build_training(run_input(tiny, cache, spec_of())).choice.tier == "plain"
     assert len(loaded) == 2
+
+
+def test_noise_is_what_rounding_does_and_leaves_nothing_behind(tiny: Path, cache: Path) -> None:
+    training = build.build_training(run_input(tiny, cache, spec_of(**packing("off"))))
+    with torch.no_grad():
+        for name, parameter in training.trainable():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    examples = training.rows.step_rows(1)[:4]
+
+    def gradient() -> torch.Tensor:
+        found = tier.measure(
+            training.model, examples, Padded(4), loss=training.loss, device=training.device, compute=training.compute
+        )
+        return torch.cat([g.flatten() for g in found.gradients.values()])
+
+    before, chance = gradient(), torch.get_rng_state()
+    for dtype, least, most in (("fp32", 1e-8, 1e-5), ("bf16", 1e-4, 5e-2)):
+        with tier.rounded_otherwise(training.model, training.device, dtype):
+            apart = float((gradient() - before).norm() / before.norm())
+        assert least < apart < most
+    assert torch.equal(gradient(), before)
+    assert torch.equal(torch.get_rng_state(), chance)
+
+
+@pytest.mark.parametrize(
+    ("noise", "apart", "agrees"), [(1e-4, 5e-2, True), (1e-4, 7e-2, False), (4e-2, 0.11, True), (0.9, 0.4, False)]
+)
+def test_a_noisy_model_is_allowed_its_noise_and_no_more(noise: float, apart: float, agrees: bool) -> None:
+    plain, again, packed = (tier.Probe(2.0, {"w": torch.tensor([1.0, off])}) for off in (0.0, noise, apart))
+    if agrees:
+        tier.assert_agreement(plain, again, packed, "bf16")
+    else:
+        with pytest.raises(tier.PackingMismatch, match=f"rounding: {noise:.1e}"):
+            tier.assert_agreement(plain, again, packed, "bf16")
 
 
 def out_of_memory_in(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> list[str]:
