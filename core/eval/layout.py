@@ -20,8 +20,8 @@ class Layout(Protocol):
 
     def collate(self, examples: Sequence[Example], device: torch.device) -> MicroBatch: ...
 
-    def halved(self) -> "Layout | None":
-        """The same with half as much in memory at once; None when that can't be."""
+    def halved(self, examples: Sequence[Example]) -> "Layout | None":
+        """The same with half as much in memory at once as this step had; None when that can't be."""
         ...
 
     def __str__(self) -> str: ...
@@ -40,8 +40,9 @@ class Padded:
     def collate(self, examples: Sequence[Example], device: torch.device) -> MicroBatch:
         return collate_padded(examples, device)
 
-    def halved(self) -> "Padded | None":
-        return Padded(self.rows // 2) if self.rows > 1 else None
+    def halved(self, examples: Sequence[Example]) -> "Padded | None":
+        most = min(self.rows, len(examples))
+        return Padded(most // 2) if most > 1 else None
 
     def __str__(self) -> str:
         return f"{self.rows} padded rows at once"
@@ -71,8 +72,11 @@ class Packed:
     def collate(self, examples: Sequence[Example], device: torch.device) -> MicroBatch:
         return collate_packed(examples, device)
 
-    def halved(self) -> "Packed | None":
-        return Packed(self.tokens // 2) if self.tokens > 1 else None
+    def halved(self, examples: Sequence[Example]) -> "Packed | None":
+        # Of what was there, which may be far below what might have been.
+        most = max(sum(example.tokens for example in part) for part in self.split(examples))
+        longest = max(example.tokens for example in examples)
+        return Packed(max(most // 2, longest)) if most > longest else None
 
     def __str__(self) -> str:
         return f"{self.tokens} packed tokens at once"

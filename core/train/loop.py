@@ -161,7 +161,7 @@ def _gradients(training: Training, examples: list[Example], step: int) -> Genera
         try:
             return _accumulate(training, examples)
         except torch.OutOfMemoryError:
-            smaller = training.layout.halved()
+            smaller = training.layout.halved(examples)
             if training.has_halved or smaller is None:
                 raise
         # Outside the except block: the traceback holds the tensors of the pass that did not fit.

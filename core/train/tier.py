@@ -116,7 +116,7 @@ class Probe:
     """What is compared: loss per term, and the gradient of every trainable parameter, of a few rows in eval mode."""
 
     loss: float
-    gradients: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]  # fp32, in the host's memory: three of them must not decide a run's peak
 
 
 def measure(
@@ -139,7 +139,9 @@ def measure(
         found.sums.sum().backward()
         total += float(found.sums.detach().sum())
         terms += int(found.terms.sum())
-    gradients = {name: p.grad.detach().float().clone() for name, p in parameters.items() if p.grad is not None}
+    gradients = {
+        name: p.grad.detach().to("cpu", torch.float32, copy=True) for name, p in parameters.items() if p.grad is not None
+    }
     for parameter in parameters.values():
         parameter.grad = None
     model.train(was_training)

@@ -5,6 +5,7 @@
 The options leave out the suite's own settings and services, so that a GPU machine needs no database and no broker.
 """
 
+import contextlib
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,6 @@ import pytest
 import torch
 
 from core.catalog import FAMILIES
-
 from core.run import RunInput
 from core.spec import JobSpec
 from tests.core.train import runs
@@ -32,6 +32,12 @@ def _a_gpu() -> None:
 
 @pytest.fixture(autouse=True)
 def _kernels_taken_out(_a_gpu: None) -> Iterator[None]:
+    with kernels_taken_out():
+        yield
+
+
+@contextlib.contextmanager
+def kernels_taken_out() -> Iterator[None]:
     """liger swaps names of a family's module for the whole process; a model for a CPU, or for the plain tier, may come next."""
     kinds = {family.name for family in FAMILIES.values()}
     modules = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in map(_module_name, kinds)]

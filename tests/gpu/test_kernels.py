@@ -68,7 +68,6 @@ def test_compiled_fused_layers_learn_what_the_packed_tier_learns(
     uninstall_fused(model)
     again = measured(model)
     distance = apart(packed.gradients, fused.gradients)
-    print(family, quantization, distance)
     assert distance < 3e-2
     torch.testing.assert_close(fused.sums, packed.sums, rtol=1e-2, atol=0)
     torch.testing.assert_close(again.sums, packed.sums, rtol=1e-6, atol=0)
