@@ -80,7 +80,7 @@ def main() -> None:
             if time.monotonic() - began > arguments.limit_seconds:
                 print(f"{case}: not begun, {arguments.limit_seconds:.0f} s are over", flush=True)
                 continue
-            spec = _spec(CASES[case])
+            spec = spec_of_case(case)
             planned = plan(
                 spec,
                 architecture=facts.architecture,
@@ -97,7 +97,7 @@ def main() -> None:
                 print(f"{name}: refused by its plan, {planned.memory.total_gib:.1f} of {arguments.budget_gib:g} GiB", flush=True)
 
 
-def _spec(change: dict[str, Any]) -> JobSpec:
+def spec_of_case(case: str) -> JobSpec:
     fields: dict[str, Any] = {
         "base_model": "bench/model",
         "data": {"datasets": [{"dataset_id": "ds_00000000"}], "max_length": 512},
@@ -106,7 +106,7 @@ def _spec(change: dict[str, Any]) -> JobSpec:
         "schedule": {"max_steps": _STEPS},
         "checkpoints": {"every_steps": None},
     }
-    return JobSpec.model_validate(fields | change)
+    return JobSpec.model_validate(fields | CASES[case])
 
 
 def _rows(count: int) -> list[tuple[list[int], list[int]]]:

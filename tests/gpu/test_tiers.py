@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from core.catalog import FAMILIES
+from core.catalog import FAMILIES, can_pack
 from core.eval.layout import Layout, Packed, Padded
 from core.eval.rows import Example, collate_packed
+from core.model_folder import read_model_facts
 from core.models.documents import DOCUMENTS
 from core.train.build import Training, build_training
 from core.train.tier import Probe, enter_packed, measure
@@ -94,6 +95,8 @@ def test_every_family_packs_or_says_why_not(architecture: str, cache: Path, tmp_
     plain = losses(train_here(on_gpu(model, cache, off), tmp_path / "plain"))
     events = train_here(on_gpu(model, cache, spec), tmp_path / "run")
     (started,) = (event for event in events if event.kind == "started")
+    obstacle = can_pack(architecture, read_model_facts(model).config, spec.data.max_length)
+    assert started.tier == ("packed" if obstacle is None else "plain")
     assert [event.code for event in events if event.kind == "warning"] == []
     assert losses(events) == pytest.approx(plain, abs=3e-2)
 
