@@ -135,7 +135,7 @@ def measure(
         found.sums.sum().backward()
         total += float(found.sums.detach().sum())
         terms += int(found.terms.sum())
-    gradients = {name: p.grad.detach().float().clone() for name, p in parameters.items() if p.grad is not None}
+    gradients = {name: p.grad.detach().float() for name, p in parameters.items() if p.grad is not None}
     for parameter in parameters.values():
         parameter.grad = None
     model.train(was_training)
