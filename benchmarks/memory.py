@@ -8,8 +8,6 @@ steps after the fourth, real tokens only. A case that the plan refuses for the b
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.results import FOLDER, ROOT, Results
-from benchmarks.shapes import SHAPES
+from benchmarks.results import FOLDER, Results
+from benchmarks.shapes import SHAPES, made
 from core.model_folder import read_model_facts
 from core.plan import plan
 from core.spec import JobSpec
@@ -72,7 +70,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="strop-memory-") as folder:
         work = Path(folder)
         model = arguments.model or work / "model"
-        device = _made(arguments.shape, model)
+        device = made(arguments.shape, model)
         results = Results("memory", device, folder=arguments.out, commit=arguments.commit)
         facts = read_model_facts(model)
         cache = write_cache(work / "cache", _rows(_STEPS * _ROWS_PER_STEP))
@@ -117,16 +115,6 @@ def _rows(count: int) -> list[tuple[list[int], list[int]]]:
         answer = int(length * rng.uniform(0.3, 0.7))
         rows.append((ids, [0] * (length - answer) + [1] * answer))
     return rows
-
-
-def _made(shape: str, folder: Path) -> str:
-    """Make the folder unless it stands; return the device's name."""
-    if (folder / "config.json").is_file():
-        program = [sys.executable, "-c", "from benchmarks.shapes import device_name; print(device_name())"]
-    else:
-        program = [sys.executable, "-W", "ignore", "-m", "benchmarks.shapes", shape, str(folder)]
-    said = subprocess.run(program, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return said.strip().splitlines()[-1]
 
 
 def _run(results: Results, name: str, model: Path, cache: Path, spec: JobSpec, run_dir: Path) -> None:

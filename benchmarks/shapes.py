@@ -3,9 +3,12 @@
 Speed and memory don't depend on what the weights say. The tokenizer is the tests' tiny one.
 """
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.results import ROOT
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {},
@@ -25,26 +28,60 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "max_position_embeddings": 4096,
     },
+    "qwen3-8b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+    },
 }
-"""Llama configs by name; `tiny` is the tests'."""
+"""Configs by name, of Llama where no other model_type is said; `tiny` is the tests'."""
+
+_COMMON = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "bos_token_id": None,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+def config_of(shape: str) -> dict[str, Any]:
+    """What stands in the config.json of every shape but the tiny one."""
+    return _COMMON | SHAPES[shape]
 
 
 def build(shape: str, folder: Path) -> None:
     """Write a bf16 model folder (the tiny one in fp32)."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from tests.tiny import build_tiny_model
 
     build_tiny_model(folder)
     if shape == "tiny":
         return
-    common = {"vocab_size": 32000, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(LlamaConfig(dtype="bfloat16", **common, **SHAPES[shape]))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(dtype="bfloat16", **config_of(shape)))
     model.save_pretrained(folder)
+
+
+def made(shape: str, folder: Path) -> str:
+    """Build the folder unless it stands, in a process of its own that alone holds torch; return the device's name."""
+    if (folder / "config.json").is_file():
+        program = [sys.executable, "-c", "from benchmarks.shapes import device_name; print(device_name())"]
+    else:
+        program = [sys.executable, "-W", "ignore", "-m", "benchmarks.shapes", shape, str(folder)]
+    said = subprocess.run(program, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return said.strip().splitlines()[-1]
 
 
 def device_name(wanted: str = "auto") -> str:

@@ -153,7 +153,7 @@ def _read_tensors(folder: Path) -> _Tensors:
 
 
 def _stored_shape(tensors: _Tensors) -> dict[str, Any]:
-    """The shape of a decoder (core.plan.ModelShape) as its stored matrices tell it.
+    """The shape of a decoder (core.plan.shape.ModelShape) as its stored matrices tell it.
 
     A matrix with a number in its path belongs to a linear module of a layer, and the largest one without is the embedding.
     Layers that differ count as so many equal ones.

@@ -96,6 +96,9 @@ class TokenCounts(Record):
     truncated_rows: int = Field(description="Rows cut at max_length; a text goes on in a further sequence instead.")
     rows_without_target: int = Field(description="Rows left without a trained token; they are dropped.")
     longest: int = Field(description="Tokens of the longest sequence before the cut.")
+    squared_tokens: int | None = Field(
+        default=None, description="Sum over the sequences of their squared tokens; null where it was not counted."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -213,13 +216,25 @@ class ModelRecord(Record):
 
 
 class MemoryEstimate(Record):
-    """GiB at the peak of a step."""
+    """GiB at the peak of a run, in the parts that stand in memory at that moment."""
 
-    weights_gib: float
-    gradients_gib: float
-    optimizer_gib: float
-    activations_gib: float
+    weights_gib: float = Field(description="Of model and adapter, and the copies that mixed precision makes.")
+    gradients_gib: float = Field(description="Beside activations: those of one micro-batch grow as these go.")
+    optimizer_gib: float = Field(description="The optimizer's states.")
+    activations_gib: float = Field(description="What layers keep for the backward pass.")
+    logits_gib: float = Field(description="The output head's results and their gradients, of one chunk.")
+    workspace_gib: float = Field(description="One layer's backward pass, one unpacked matrix, the libraries' own.")
     total_gib: float
+
+
+class Knob(Record):
+    """A change to a job that lowers its memory, by the plan of the changed job."""
+
+    changes: dict[str, Any] = Field(description="JSON pointer into the spec, and the value to set there.")
+    total_gib: float
+    fits: bool
+    step_time: float | None = Field(description="Time of a step over that of the job as it is; null for an unknown GPU.")
+    same_training: bool = Field(description="Nothing that is learned changes but by rounding.")
 
 
 class PlanRecord(Record):
@@ -235,4 +250,9 @@ class PlanRecord(Record):
     memory: MemoryEstimate
     budget_gib: float | None = Field(description="The largest memory budget among live workers; null when none is up.")
     fits: bool | None
+    knobs: list[Knob] = Field(description="What would make a job fit that doesn't, best first; else empty.")
+    total_tokens: int | None = Field(description="Of all steps, without padding.")
+    gpu: str | None = Field(description="Kind of GPU that the seconds are for: the one with the largest budget.")
+    step_seconds: float | None = Field(description="Of a step of average rows; null while counts or the kind of GPU are unknown.")
+    seconds: float | None = Field(description="Of all steps; loading, evaluations and saving come on top.")
     warnings: list[str]

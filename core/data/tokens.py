@@ -8,6 +8,7 @@ safetensors wants sizes first and the tokens of a large dataset do not fit into 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -125,6 +126,7 @@ def _write(folder: Path, dataset_id: str, rows: Iterable[TokenRow], max_length: 
         truncated_rows=written.truncated,
         rows_without_target=written.rows - written.kept_rows,
         longest=written.longest,
+        squared_tokens=sum((end - begin) ** 2 for begin, end in itertools.pairwise(written.offsets)),
     )
 
 

@@ -27,6 +27,7 @@ from core.events import Warned
 from core.models.adapt import attach_adapter
 from core.models.load import load_base, pick_device, quantization_name, resolve_precision
 from core.models.vocabulary import extend_vocabulary, install_rows
+from core.plan.work import PROBED_EXAMPLES
 from core.run import RunInput
 from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec
 from core.train.batches import TrainingRows, WeightedRows
@@ -49,7 +50,6 @@ from core.train.tier import (
 from core.train.watchdog import Watchdog
 
 _EXAMPLE_TOKENS = 256
-_PROBED_EXAMPLES = 4
 _NAMED_TOKENS = 10
 
 
@@ -243,7 +243,8 @@ def _measure_references(model: Any, rows: TrainingRows, spec: JobSpec, device: t
 
 def _enter_packed(training: Training, spec: JobSpec) -> None:
     """Switch to the packed tier after a few of the run's rows have gone through both. Raises PackingMismatch."""
-    examples = training.rows.step_rows(1)[:_PROBED_EXAMPLES]
+    # No more at once than a step of the plain tier holds: four long rows would not fit where one does.
+    examples = training.rows.step_rows(1)[: min(PROBED_EXAMPLES, spec.batch.micro_batch_size)]
 
     def measured(layout: Layout) -> Probe:
         with training.adapters_uncast():

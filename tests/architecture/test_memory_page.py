@@ -51,6 +51,6 @@ def test_a_full_7b_is_refused_by_its_plan() -> None:
         budget_gib=78.0,
     )
     assert not planned.fits
-    said = re.search(r"^\| `full` \|.*\| 66 \| ([0-9.]+) \| refused", PAGE, re.M)
+    said = re.search(r"^\| `full` \|.*\| 66 \| planned ([0-9.]+), refused", PAGE, re.M)
     assert said is not None
     assert float(said[1]) == pytest.approx(planned.memory.total_gib, abs=0.06)

@@ -42,6 +42,7 @@ def test_rows_come_back_cut_counted_and_with_their_numbers(tmp_path: Path) -> No
         "truncated_rows": 2,
         "rows_without_target": 1,
         "longest": 6,
+        "squared_tokens": 3 * 9 + 16,
     }
     assert cache.facts == {"template": "chatml", "group": 1} | counts.model_dump()
     assert [len(cache.example(i)) for i in range(len(cache))] == [1] * 4

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from core.errors import ArtifactError, BadSpec
 from core.models.adapt import attach_adapter, load_adapter, save_lora, saved_rank
 from core.models.load import Quantization, dequantized_weight
-from core.plan import check_spec, model_shape, trainable_parameters
+from core.plan import check_spec
+from core.plan.shape import model_shape, trainable_parameters
 from core.spec import JobSpec, LoraTuning, MoraTuning
 from core.train.build import count_parameters
 from tests.core.models.adapters import IDS, TUNINGS, Trained, load, logits_of, trained

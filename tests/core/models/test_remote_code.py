@@ -23,7 +23,8 @@ from core.infer.sampling import Sampling
 from core.model_folder import read_model_facts, verify_code
 from core.models.load import LoadedBase, load_base
 from core.models.remote_code import linear_leaf_names
-from core.plan import check_spec, model_shape, plan
+from core.plan import check_spec, plan
+from core.plan.shape import model_shape
 from tests.core.train.runs import Child, losses, random_rows, run_input, spec_of, train_here, write_cache
 from tests.tiny import build_remote_code_model, build_tiny_model
 

@@ -140,7 +140,7 @@ class Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *parts: torch.Tensor) -> torch.Tensor:
         query = parts[0]
-        result = query.transpose(1, 2).contiguous()
+        result = query.transpose(1, 2).clone(memory_format=torch.contiguous_format)
         ctx.save_for_backward(*parts, result, query.new_empty(query.shape[1:3], dtype=torch.float32))
         return result
 
@@ -149,8 +149,8 @@ class Flash(torch.autograd.Function):
         return tuple(torch.zeros_like(part) for part in ctx.saved_tensors[:3])
 
 
-def kept(model: Any, tokens: int) -> int:
-    """Bytes that the decoder keeps for its backward pass over one row, weights apart."""
+def kept(model: Any, tokens: int, precision: ComputeDtype | None = None) -> int:
+    """Bytes that the decoder keeps for its backward pass over one row, weights apart. None is the precision of its weights."""
     seen: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -163,8 +163,9 @@ def kept(model: Any, tokens: int) -> int:
     row = (np.full(tokens, 7, np.int32), np.ones(tokens, np.uint8))
     batch = collate_packed([Example((row,))], CPU)
     assert batch.documents is not None
-    precision: ComputeDtype = "fp32" if model.dtype == torch.float32 else "bf16"
-    decoder = model.get_base_model().get_decoder()
+    if precision is None:
+        precision = "fp32" if model.dtype == torch.float32 else "bf16"
+    decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
     with as_in_training(model, precision), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = decoder(input_ids=batch.input_ids, use_cache=False, **batch.documents.attention_arguments())
     del hidden

@@ -16,7 +16,8 @@ from core.eval.logprobs import sequence_logprobs
 from core.manifest import read_manifest
 from core.models.load import Precision, load_base
 from core.models.vocabulary import extend_vocabulary, install_rows, remove_rows
-from core.plan import check_spec, model_shape, new_parameters, plan, trainable_parameters
+from core.plan import check_spec, plan
+from core.plan.shape import model_shape, new_parameters, trainable_parameters
 from core.prepare import prepare_tokens
 from core.run import RunInput, TokenizeInput
 from core.spec import JobSpec

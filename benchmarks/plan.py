@@ -1,0 +1,358 @@
+"""Does the plan foretell memory and time? `python -m benchmarks.plan --set judged --models DIR` on a GPU.
+
+Every case is one training child of six steps, as a worker starts it; beside its peak of allocated memory (over everything from
+load on) and the median time of its later steps stands what the plan said before. The coefficients of core/plan/coefficients.py
+are fitted to the cases of FITTING alone (`--fit FILE` prints better ones), frozen by a commit, and then judged by those of
+JUDGED: other cases all, and some on a shape, a rank or a length that fitting never saw. `--table FILE` prints what came out.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from benchmarks.results import FOLDER, Results
+from benchmarks.shapes import SHAPES, config_of, made
+from core.model_folder import read_model_facts
+from core.plan.coefficients import STANDING, Coefficients, find_gpu
+from core.plan.memory import estimate_memory
+from core.plan.shape import model_shape
+from core.plan.time import step_seconds
+from core.plan.work import Work, work_of
+from core.records import TokenCounts
+from core.spec import JobSpec
+from tests.core.train.runs import Child, run_input, write_cache
+
+STEPS = 6
+_FIRST_TIMED = 3
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+Rows = list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: str
+    method: Literal["lora", "qlora", "full"]
+    length: int
+    """data.max_length. Rows are between half of it and all of it; of 512, `short`: log-normal, about 130 tokens."""
+    rows: int
+    times: int = 1
+    rank: int = 16
+    modules: Literal["all", "qv"] = "all"
+    short: bool = False
+    recompute: int = 0
+    """memory.checkpointing_every; 0 is no checkpointing."""
+    packing: Literal["auto", "off"] = "auto"
+    optimizer: str = "adamw"
+
+    @property
+    def name(self) -> str:
+        method = self.method if self.method == "full" else f"{self.method}{self.rank}-{self.modules}"
+        parts = [method, "short" if self.short else str(self.length), f"{self.rows}x{self.times}"]
+        parts += [f"ckpt{self.recompute}"] if self.recompute else []
+        parts += ["padded"] if self.packing == "off" else []
+        parts += [self.optimizer] if self.optimizer != "adamw" else []
+        return f"{self.shape}/{'-'.join(parts)}"
+
+    def spec(self) -> JobSpec:
+        tuning: dict[str, Any] = {"kind": "full"}
+        if self.method != "full":
+            modules: Any = "all-linear" if self.modules == "all" else ["q_proj", "v_proj"]
+            tuning = {"kind": "lora", "rank": self.rank, "alpha": 32.0, "target_modules": modules}
+        memory = {"checkpointing": True, "checkpointing_every": self.recompute} if self.recompute else {}
+        batch = {"micro_batch_size": self.rows, "gradient_accumulation_steps": self.times, "packing": self.packing}
+        return JobSpec.model_validate(
+            {
+                "base_model": "bench/model",
+                "data": {"datasets": [{"dataset_id": "ds_00000000"}], "max_length": self.length},
+                "tuning": tuning,
+                "quantization": {"kind": "nf4" if self.method == "qlora" else "none"},
+                "batch": batch,
+                "memory": memory,
+                "optim": {"kind": self.optimizer, "learning_rate": 1e-5},
+                "schedule": {"max_steps": STEPS},
+                "checkpoints": {"every_steps": None},
+            }
+        )
+
+    def made_rows(self) -> Rows:
+        """As many as the steps take, the same at every call."""
+        rng = np.random.default_rng([self.length, self.rows, self.times])
+        count = STEPS * self.rows * self.times
+        if self.short:
+            lengths = np.clip(rng.lognormal(np.log(130) - 0.5 * 0.6**2, 0.6, count), 16, self.length).astype(int)
+        else:
+            lengths = rng.integers(self.length // 2, self.length + 1, count)
+        rows = []
+        for length in lengths.tolist():
+            answer = int(length * rng.uniform(0.3, 0.7))
+            rows.append((rng.integers(3, 500, length).tolist(), [0] * (length - answer) + [1] * answer))
+        return rows
+
+
+_SMALL, _LARGE, _OTHER = "llama-1.1b", "llama2-7b", "qwen3-8b"
+
+FITTING = [
+    Case(_SMALL, "lora", 512, 16, 4, short=True),
+    Case(_SMALL, "lora", 512, 16, 4, short=True, modules="qv"),
+    Case(_SMALL, "lora", 512, 16, 4, short=True, packing="off"),
+    Case(_SMALL, "lora", 1024, 8, 2),
+    Case(_SMALL, "lora", 2048, 4, 2, recompute=1),
+    Case(_SMALL, "qlora", 1024, 8, 2),
+    Case(_SMALL, "full", 512, 16, 4, short=True),
+    Case(_SMALL, "full", 1024, 8, 2, optimizer="adamw_8bit"),
+    Case(_SMALL, "full", 2048, 4, 2, recompute=1),
+    Case(_LARGE, "lora", 512, 8, 4, short=True),
+    Case(_LARGE, "lora", 512, 8, 4, short=True, rank=8, modules="qv"),
+    Case(_LARGE, "lora", 1024, 4, 2),
+    Case(_LARGE, "lora", 2048, 2, 2),
+    Case(_LARGE, "qlora", 512, 16, 2, short=True),
+    Case(_LARGE, "qlora", 512, 8, 4, short=True, packing="off"),
+    Case(_LARGE, "qlora", 1024, 8, 2, recompute=1),
+    Case(_LARGE, "qlora", 2048, 4, 2, rank=8, modules="qv", recompute=2),
+]
+JUDGED = [
+    Case(_SMALL, "lora", 512, 16, 2),
+    Case(_SMALL, "lora", 1024, 16, rank=8, modules="qv"),
+    Case(_SMALL, "lora", 1024, 8, 2, packing="off"),
+    Case(_SMALL, "lora", 512, 32, 2, short=True, rank=64),
+    Case(_SMALL, "lora", 2048, 4, 2),
+    Case(_SMALL, "lora", 4096, 2, 2),
+    Case(_SMALL, "lora", 8192, 1, 2),
+    Case(_SMALL, "qlora", 256, 32, 2, modules="qv"),
+    Case(_SMALL, "qlora", 2048, 8),
+    Case(_SMALL, "full", 256, 32, 2),
+    Case(_SMALL, "full", 1024, 8),
+    Case(_SMALL, "full", 512, 16, 4, short=True, optimizer="paged_adamw_8bit"),
+    Case(_SMALL, "full", 4096, 4, recompute=1),
+    Case(_LARGE, "lora", 1024, 8),
+    Case(_LARGE, "lora", 2048, 2, 2, modules="qv"),
+    Case(_LARGE, "lora", 512, 16, 2, short=True, rank=64, recompute=1),
+    Case(_LARGE, "qlora", 256, 16, 2),
+    Case(_LARGE, "qlora", 512, 16, 4, short=True, recompute=1),
+    Case(_LARGE, "qlora", 1024, 4, 2, rank=64),
+    Case(_LARGE, "qlora", 2048, 2, 2),
+    Case(_LARGE, "qlora", 4096, 2, recompute=1),
+    Case(_OTHER, "lora", 512, 8, 4, short=True),
+    Case(_OTHER, "lora", 512, 8, 2, rank=8, modules="qv"),
+    Case(_OTHER, "lora", 1024, 8, recompute=1),
+    Case(_OTHER, "qlora", 512, 8, 4, short=True),
+    Case(_OTHER, "qlora", 512, 16, 2, recompute=1),
+    Case(_OTHER, "qlora", 2048, 2, 2),
+    Case(_OTHER, "qlora", 8192, 1, 2, recompute=1),
+]
+SETS = {"fit": FITTING, "judged": JUDGED, "tiny": [Case("tiny", "lora", 64, 4, 2), Case("tiny", "full", 64, 4, recompute=1)]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--set", choices=SETS)
+    parser.add_argument("--part", default="1/1", help="i/n: every n-th case, from the i-th on")
+    parser.add_argument("--models", type=Path, help="folder of model folders by shape; what is not there is made there")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
+    parser.add_argument("--commit", help="of the tree, where git can't say")
+    parser.add_argument("--fit", type=Path, metavar="FILE", help="print coefficients fitted to a result file's fitting cases")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print what the standing coefficients say of a result file")
+    arguments = parser.parse_args()
+    if arguments.fit:
+        fit(measurements(arguments.fit, FITTING))
+    if arguments.table:
+        for name, cases in SETS.items():
+            show_table(name, measurements(arguments.table, cases))
+    if arguments.set:
+        number, of = map(int, arguments.part.split("/"))
+        run_all(SETS[arguments.set][number - 1 :: of], arguments.models, arguments.out, arguments.commit)
+
+
+def run_all(cases: list[Case], models: Path | None, out: Path, commit: str | None) -> None:
+    with tempfile.TemporaryDirectory(prefix="strop-plan-") as folder:
+        work = Path(folder)
+        for case in sorted(cases, key=lambda case: list(SHAPES).index(case.shape)):
+            model = (models or work) / case.shape
+            device = made(case.shape, model)
+            _run(Results("plan", device, folder=out, commit=commit), case, model, device, work / case.name.replace("/", "-"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A case, what the plan needs of it, and what it took; None where its device could not tell."""
+
+    case: Case
+    work: Work
+    gpu: str
+    peak_gib: float | None
+    seconds: float | None
+    is_as_planned: bool
+    """It ran on the tier that was planned."""
+
+
+def measurements(file: Path, cases: list[Case]) -> list[Measured]:
+    """Those of the cases that stand in a result file."""
+    rows = json.loads(file.read_text())["rows"]
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        found.setdefault(row["case"], {})[row["metric"]] = row["value"]
+    gpu = rows[0]["device"]
+    return [
+        Measured(
+            case,
+            planned_work(case, None),
+            gpu,
+            found[case.name].get("peak_allocated_gib"),
+            found[case.name].get("step_seconds"),
+            found[case.name].get("tier_as_planned") == 1,
+        )
+        for case in cases
+        if case.name in found and case.shape != "tiny"
+    ]
+
+
+def planned_work(case: Case, model: Path | None) -> Work:
+    """As the control plane would have it, from the registered model's config and the preparer's counts."""
+    if case.shape == "tiny":
+        assert model is not None
+        facts = read_model_facts(model)
+        architecture, config, parameters = facts.architecture, facts.config, facts.parameters
+    else:
+        config = config_of(case.shape)
+        architecture = _ARCHITECTURES[config["model_type"]]
+        shape = model_shape(architecture, config)
+        parameters = shape.layers * (shape.layer_weights + 2 * shape.hidden) + shape.hidden + 2 * shape.head_weights
+    lengths = [(len(ids), sum(mask[1:])) for ids, mask in case.made_rows()]
+    counts = TokenCounts(
+        dataset_id="ds_00000000",
+        rows=len(lengths),
+        examples=len(lengths),
+        tokens=sum(length for length, _ in lengths),
+        trained_tokens=sum(trained for _, trained in lengths),
+        truncated_rows=0,
+        rows_without_target=0,
+        longest=max(length for length, _ in lengths),
+        squared_tokens=sum(length**2 for length, _ in lengths),
+    )
+    spec = case.spec()
+    return work_of(spec, architecture=architecture, parameters=parameters, config=config, counts=[counts], steps=STEPS)
+
+
+def fit(measured: list[Measured]) -> None:
+    """Print the coefficients that lie nearest to the measurements, memory and time apart."""
+    known = [m for m in measured if m.is_as_planned]
+    tiers = {m.work.tier for m in known}
+    memory = ["fixed_gib", "passing", *(f"kept_{tier}" for tier in sorted(tiers))]
+    time = ["matmul_share", "traffic_adapter", "layer_seconds", "adapter_seconds", "step_seconds"]
+    time += [f"traffic_{tier}" for tier in sorted(tiers)] + (["fused_share"] if "fused" in tiers else [])
+    best = nearest(STANDING, memory, lambda k: _errors(known, k, "memory"))
+    best = nearest(best, time, lambda k: _errors(known, k, "time"))
+    print(f"fitted to {len(known)} of {len(measured)} cases (the others ran on another tier than planned)")
+    for field in fields(Coefficients):
+        before, after = getattr(STANDING, field.name), getattr(best, field.name)
+        print(f"    {field.name}: float = {after:.4g}" + ("" if before == after else f"  # was {before:.4g}"))
+    for what in ("memory", "time"):
+        print(_summary(what, _errors(known, best, what)))
+
+
+def nearest(start: Coefficients, names: list[str], errors: Callable[[Coefficients], list[float]]) -> Coefficients:
+    """Least squares by Levenberg's and Marquardt's steps in the logarithms of the named coefficients, which stay positive.
+
+    An error is predicted over measured, less one. Too little counts twice: a job that does not fit is worse than room left.
+    """
+
+    def residuals(logarithms: np.ndarray) -> np.ndarray:
+        found = np.array(errors(replace(start, **dict(zip(names, np.exp(logarithms).tolist(), strict=True)))))
+        return np.concatenate([np.where(found < 0, 2 * found, found), 0.02 * (logarithms - origin)])  # unseen ones stay
+
+    origin = np.log([getattr(start, name) for name in names])
+    at, damping = origin.copy(), 1.0
+    value = residuals(at)
+    for _ in range(200):
+        slope = np.stack([(residuals(at + 1e-5 * unit) - value) / 1e-5 for unit in np.eye(len(names))], axis=1)
+        square = slope.T @ slope
+        step = np.linalg.solve(square + damping * np.eye(len(names)) * (1e-3 + square.max()) * 1e-2, -slope.T @ value)
+        tried = residuals(at + np.clip(step, -1, 1))
+        if tried @ tried < value @ value:
+            at, value, damping = at + np.clip(step, -1, 1), tried, damping / 3
+        else:
+            damping *= 4
+    return replace(start, **dict(zip(names, np.exp(at).tolist(), strict=True)))
+
+
+def show_table(name: str, measured: list[Measured]) -> None:
+    if not measured:
+        return
+    print(f"\n{name}: {len(measured)} cases on {measured[0].gpu}\n")
+    print("| case | planned GiB | measured | error | planned s | measured | error |\n|---|---|---|---|---|---|---|")
+    for m in measured:
+        cells = [f"{m.case.name}{'' if m.is_as_planned else ' (other tier)'}"]
+        for planned, found in ((_memory(m, STANDING), m.peak_gib), (_seconds(m, STANDING), m.seconds)):
+            known = planned is not None and found is not None
+            cells += [f"{planned:.2f}", f"{found:.2f}", f"{planned / found - 1:+.1%}"] if known else ["", "", ""]  # type: ignore[operator]
+        print(f"| {' | '.join(cells)} |")
+    print()
+    for what in ("memory", "time"):
+        if errors := _errors(measured, STANDING, what):
+            print(_summary(what, errors))
+
+
+def _errors(measured: list[Measured], coefficients: Coefficients, what: str) -> list[float]:
+    """Predicted over measured, less one."""
+    pairs = [
+        (_memory(m, coefficients), m.peak_gib) if what == "memory" else (_seconds(m, coefficients), m.seconds) for m in measured
+    ]
+    return [planned / found - 1 for planned, found in pairs if planned is not None and found is not None]
+
+
+def _memory(measured: Measured, coefficients: Coefficients) -> float:
+    return estimate_memory(measured.work, coefficients).total_gib
+
+
+def _seconds(measured: Measured, coefficients: Coefficients) -> float | None:
+    gpu = find_gpu(measured.gpu)
+    return None if gpu is None else step_seconds(measured.work, gpu, coefficients)
+
+
+def _summary(what: str, errors: list[float]) -> str:
+    ninth = float(np.quantile(np.abs(errors), 0.9))
+    return f"{what}: p90 of |error| {ninth:.1%}, most under {min(errors):+.1%}, most over {max(errors):+.1%}, n {len(errors)}"
+
+
+def _run(results: Results, case: Case, model: Path, device: str, folder: Path) -> None:
+    work = planned_work(case, model)
+    cache = write_cache(folder / "cache", case.made_rows())
+    child = Child(run_input(model, cache, case.spec()).model_copy(update={"device": "auto"}), folder / "run")
+    steps: list[Any] = []
+    tier, said = None, []
+    while (event := child.next_event()) is not None:
+        if event.kind == "step":
+            steps.append(event)
+        elif event.kind == "started":
+            tier = event.tier
+            said.append(event.tier_reason)
+        elif event.kind in ("warning", "ended"):
+            said.append(event.message)
+        elif event.kind == "phase" and event.phase == "saving":
+            break  # what is written afterwards is no part of a step
+    child.close()
+    print(json.dumps({"case": case.name, "planned": work.tier, "tier": tier, "said": said}), flush=True)
+    if len(steps) < STEPS:
+        print(f"{case.name}: ended after {len(steps)} steps\n{child.log.read_text()[-2000:]}", flush=True)
+        return
+    results.add(case.name, "tier_as_planned", float(tier == work.tier), "", better="higher")
+    results.add(case.name, "planned_gib", estimate_memory(work).total_gib, "GiB", better="lower")
+    times = [step.step_seconds for step in steps[_FIRST_TIMED - 1 :]]
+    results.add(case.name, "step_seconds", statistics.median(times), "s", better="lower", n=len(times))
+    gpu = find_gpu(device)
+    if gpu is not None:
+        results.add(case.name, "planned_seconds", step_seconds(work, gpu), "s", better="lower")
+    if steps[-1].peak_allocated_gib is not None:
+        peak = max(step.peak_allocated_gib for step in steps)
+        results.add(case.name, "peak_allocated_gib", peak, "GiB", better="lower")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What the plan counts of a layer is what autograd keeps of it, byte for byte, on a CPU whose attention keeps what a flash
+attention keeps. liger's kernels run on a GPU alone: what they keep was read, not seen here."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from core.adapter import Quantization
+from core.models import documents
+from core.plan.memory import kept_per_token, stream_bytes
+from core.plan.work import Tier, work_of
+from core.spec import JobSpec, LoraTuning, MoraTuning
+from core.train.fused.install import install_fused
+from tests.core.train.fused import Flash, Folders, adapted, base_of, folders_in, kept, packed
+
+RANK_3: dict[str, Any] = {"kind": "lora", "rank": 3}
+FULL: dict[str, Any] = {"kind": "full"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return folders_in(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(autouse=True)
+def _flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_row_by_row", lambda q, k, v, *_: Flash.apply(q.to(v.dtype), k.to(v.dtype), v))
+
+
+def counted(folder: Any, family: str, tier: Tier, **fields: Any) -> tuple[float, int]:
+    """(bytes of a layer, of the residual stream) for a token, as the plan has it."""
+    data = {"datasets": [{"dataset_id": "ds_aaaaaaaaaa"}]}
+    spec = JobSpec.model_validate({"base_model": "m", "data": data} | fields)
+    config = json.loads((folder / "config.json").read_text())
+    architecture = config["architectures"][0]
+    work = work_of(spec, architecture=architecture, parameters=1, config=config, counts=None, steps=None)
+    return kept_per_token(replace(work, has_kernels=False), tier), stream_bytes(work)
+
+
+def saved(
+    folders: Folders, family: str, tuning: dict[str, Any], quantization: Quantization, fused: bool, recompute: bool
+) -> float:
+    """Bytes of a layer for a token, as autograd has it: the difference of two models and of two lengths."""
+    found = {}
+    for layers in (2, 4):  # the first layer's input has no gradient: it keeps less
+        folder = folders(family, layers=layers)
+        if tuning["kind"] == "full":
+            model = base_of(folder, "fp32")
+            model.requires_grad_(True)
+            model = packed(model)
+        else:
+            kind = MoraTuning if tuning["kind"] == "mora" else LoraTuning
+            model = adapted(base_of(folder, "bf16", quantization), kind.model_validate(tuning))
+        if fused:
+            install_fused(model)
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        found[layers] = [kept(model, tokens, "bf16") for tokens in (100, 300)]
+    few, many = (found[4][n] - found[2][n] for n in (0, 1))
+    return (many - few) / 200 / 2
+
+
+@pytest.mark.parametrize(
+    ("family", "tuning"),
+    [
+        ("llama", RANK_3),
+        ("llama", RANK_3 | {"target_modules": ["q_proj", "v_proj"]}),
+        ("llama", RANK_3 | {"target_modules": ["down_proj"]}),
+        ("llama", {"kind": "mora", "rank": 2}),
+        ("llama", FULL),
+        ("qwen2", RANK_3),
+        ("qwen3", RANK_3),
+        ("qwen3", FULL),
+        ("phi3", RANK_3),
+        ("gemma", RANK_3),
+    ],
+)
+def test_a_layer_of_transformers(folders: Folders, family: str, tuning: dict[str, Any]) -> None:
+    wanted, _ = counted(folders(family, layers=1), family, "packed", tuning=tuning)
+    assert saved(folders, family, tuning, "none", fused=False, recompute=False) == wanted
+
+
+@pytest.mark.parametrize(
+    ("family", "tuning", "further"),
+    [
+        ("llama", RANK_3 | {"dropout": 0.1}, 6 * 64 + 128),  # a CPU's masks are in bf16, a GPU's are bytes
+        ("glm4", RANK_3, 2 * 2 * 8),  # each layer spreads the rotary table anew, which no other family does
+    ],
+)
+def test_a_layer_that_keeps_a_little_more_here(folders: Folders, family: str, tuning: dict[str, Any], further: int) -> None:
+    wanted, _ = counted(folders(family, layers=1), family, "packed", tuning=tuning)
+    assert saved(folders, family, tuning, "none", fused=False, recompute=False) == wanted + further
+
+
+def test_dora_keeps_two_results_of_each_module(folders: Folders) -> None:
+    tuning = RANK_3 | {"dora": True}
+    wanted, _ = counted(folders("llama", layers=1), "llama", "packed", tuning=tuning)
+    found = saved(folders, "llama", tuning, "none", fused=False, recompute=False)
+    assert found == pytest.approx(wanted, rel=0.05)  # where two results of one shape share memory it is less
+
+
+def test_four_bits_change_nothing_of_what_a_layer_keeps(folders: Folders) -> None:
+    wanted, _ = counted(folders("llama", layers=1), "llama", "packed", tuning=RANK_3, quantization={"kind": "nf4"})
+    assert saved(folders, "llama", RANK_3, "nf4-double", fused=False, recompute=False) == wanted
+
+
+@pytest.mark.parametrize(("family", "tuning"), [("llama", RANK_3), ("llama", FULL), ("qwen3", RANK_3), ("glm4", RANK_3)])
+def test_a_fused_layer(folders: Folders, family: str, tuning: dict[str, Any]) -> None:
+    wanted, _ = counted(folders(family, layers=1), family, "fused", tuning=tuning)
+    assert saved(folders, family, tuning, "none", fused=True, recompute=False) == wanted
+
+
+@pytest.mark.parametrize("tuning", [RANK_3, FULL])
+def test_a_checkpointed_layer_keeps_the_stream_alone(folders: Folders, tuning: dict[str, Any]) -> None:
+    _, stream = counted(folders("llama", layers=1), "llama", "packed", tuning=tuning)
+    assert saved(folders, "llama", tuning, "none", fused=False, recompute=True) == stream
