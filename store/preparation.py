@@ -158,7 +158,10 @@ def record_tokens(session: Session, claim: JobClaim, missing: MissingTokens, cou
 
 
 def queue_job(session: Session, claim: JobClaim) -> tuple[StatusChanged, outbox.Bell | None] | None:
-    """All tokens stand: on to the GPU queue, or fail when none of them is trained on or no live worker has the memory. None when the job is gone."""
+    """All tokens stand: on to the GPU queue, or fail when none of them is trained on or no live worker has the memory.
+
+    None when the job is gone.
+    """
     job = session.scalar(select(Job).where(Job.id == claim.job_id, Job.status == JobStatus.VALIDATING_FILES).with_for_update())
     if job is None:
         return None
