@@ -29,6 +29,14 @@ def plan_job(session: Session, spec: JobSpec, counts: list[TokenCounts] | None, 
     )
 
 
+def rows_at_once(session: Session, spec: JobSpec, counts: list[TokenCounts], node: WorkerNode | None) -> int | None:
+    """What `batch.micro_batch_size: auto` comes to on a worker; None for a spec that says it itself."""
+    if spec.batch.micro_batch_size != "auto":
+        return None
+    found = plan_job(session, spec, counts, node)
+    return None if found is None else found.rows_at_once
+
+
 def why_too_large(session: Session, spec: JobSpec, counts: list[TokenCounts] | None, node: WorkerNode | None) -> str | None:
     """What keeps a job from a worker, in numbers; None when it fits or nobody can say.
 

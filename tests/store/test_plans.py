@@ -110,3 +110,17 @@ def test_before_rows_are_counted_only_what_no_row_decides_is_held_against_a_job(
         assert "about" in str(plans.why_too_large(session, SPEC, None, tight))
         assert "about" in str(plans.why_too_large(session, SPEC, [counts(512)], roomy))
         assert plans.why_too_large(session, SPEC.model_copy(update={"base_model": "gone"}), None, tight) is None
+
+
+def test_auto_comes_to_what_a_worker_has_room_for(database: Database) -> None:
+    asked = JobSpec.model_validate(SPEC.model_dump() | {"batch": {"micro_batch_size": "auto", "rows_per_step": 32}})
+    with database.transaction() as session:
+        large, small, unknown = (
+            plans.rows_at_once(session, asked, [counts(512)], WorkerNode(device="cpu", budget_gib=budget))
+            for budget in (78.0, 24.0, None)
+        )
+        assert plans.rows_at_once(session, SPEC, [counts(512)], WorkerNode(device="cpu", budget_gib=78.0)) is None
+    assert large is not None
+    assert small is not None
+    assert large > small >= 1
+    assert unknown == 4
