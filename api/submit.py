@@ -8,12 +8,12 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from core.errors import InvalidInput, NotFound, Problem
-from core.plan import check_spec, plan
+from core.plan import check_spec
 from core.records import DatasetReport, PlanRecord, TokenCounts
 from core.run import token_key
 from core.spec import DATA_KINDS, JobSpec
 from core.states import DatasetStatus
-from store import datasets, models, nodes
+from store import datasets, models, nodes, plans
 from store.tables import Dataset, Model, TokenCache
 
 _NAMES_SHOWN = 20
@@ -60,15 +60,17 @@ def check_submission(session: Session, project_id: str, spec: JobSpec, *, has_ju
 
 def plan_submission(session: Session, submission: Submission) -> PlanRecord:
     """The dry run, from what the preparer has stored and the workers have said."""
-    spec, model = submission.spec, submission.model
-    return plan(
-        spec,
-        architecture=model.architecture,
-        parameters=model.parameters,
-        config=model.config,
-        counts=_stored_counts(session, submission),
-        budget_gib=nodes.largest_budget(session),
-    )
+    found = plans.plan_job(session, submission.spec, _stored_counts(session, submission), nodes.largest_node(session))
+    assert found is not None, "the submission has a model"
+    return found
+
+
+def check_size(session: Session, submission: Submission) -> None:
+    """Raises InvalidInput with the numbers for a job that fits no live worker. Where none is live, any job may wait for one."""
+    counts = _stored_counts(session, submission)
+    too_large = plans.why_too_large(session, submission.spec, counts, nodes.largest_node(session))
+    if too_large is not None:
+        raise InvalidInput("The job fits no worker", [Problem("does-not-fit", too_large, pointer="/batch/micro_batch_size")])
 
 
 def _dataset_problems(spec: JobSpec, found: dict[str, Dataset]) -> list[Problem]:

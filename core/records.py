@@ -246,6 +246,7 @@ class PlanRecord(Record):
     eval_rows: int | None
     steps: int | None
     tokens: list[TokenCounts]
+    rows_at_once: int = Field(description="batch.micro_batch_size, or what auto comes to on the worker with the largest budget.")
     trainable_parameters: int
     memory: MemoryEstimate
     budget_gib: float | None = Field(description="The largest memory budget among live workers; null when none is up.")

@@ -56,6 +56,9 @@ class RunInput(_HandOver):
         default=False, description="The operator registered the model with the code in its folder. No spec can say so."
     )
     token_caches: list[TokenCacheRef]
+    rows_at_once: int | None = Field(
+        default=None, description="What batch.micro_batch_size auto comes to on this worker; it may differ between attempts."
+    )
     resume_from: Path | None = Field(description="A checkpoint folder, already verified against its manifest.")
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -217,11 +217,20 @@ class ScheduleSpec(Frozen):
         return self
 
 
-class BatchSpec(Frozen):
-    """Rows per optimizer step = micro_batch_size × gradient_accumulation_steps, packed or not."""
+_ROWS_AT_ONCE = 4
 
-    micro_batch_size: int = Field(default=4, ge=1, le=4096, description="Rows in memory at once.")
+
+class BatchSpec(Frozen):
+    """Rows per optimizer step = micro_batch_size × gradient_accumulation_steps, packed or not; or rows_per_step."""
+
+    micro_batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        default=_ROWS_AT_ONCE,
+        description="Rows in memory at once. auto: as many as the plan says that the worker has room for; needs rows_per_step.",
+    )
     gradient_accumulation_steps: int = Field(default=1, ge=1, le=4096, description="Micro-batches per optimizer step.")
+    rows_per_step: int | None = Field(
+        default=None, ge=1, le=1 << 24, description="Rows per optimizer step, in place of gradient_accumulation_steps."
+    )
     packing: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="Lay a step's rows end to end without padding, each attending to itself alone. The rows of a step stay the "
@@ -230,6 +239,28 @@ class BatchSpec(Frozen):
     group_by_length: bool = Field(
         default=False, description="Steps of rows of like length: less padding where nothing is packed, a less random order."
     )
+
+    @model_validator(mode="after")
+    def _rows_are_said_once(self) -> Self:
+        if self.micro_batch_size == "auto" and self.rows_per_step is None:
+            raise ValueError("micro_batch_size auto needs rows_per_step, which it leaves as it is")
+        if self.rows_per_step is not None and self.gradient_accumulation_steps != 1:
+            raise ValueError("rows_per_step takes the place of gradient_accumulation_steps: set one of them")
+        if self.rows_per_step is not None and self.rows_per_step < self.rows_at_once:
+            raise ValueError(f"micro_batch_size ({self.micro_batch_size}) exceeds rows_per_step ({self.rows_per_step})")
+        return self
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of an optimizer step."""
+        return self.rows_per_step or self.rows_at_once * self.gradient_accumulation_steps
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows in memory at once; auto before anyone has decided counts as the default."""
+        if self.micro_batch_size != "auto":
+            return self.micro_batch_size
+        return min(_ROWS_AT_ONCE, self.rows_per_step or _ROWS_AT_ONCE)
 
 
 class MemorySpec(Frozen):
@@ -365,6 +396,14 @@ class JobSpec(Frozen):
         if reasons:
             raise ValueError("; ".join(reasons))
         return self
+
+
+def with_rows_at_once(spec: JobSpec, rows: int) -> JobSpec:
+    """The spec with a decided micro-batch; a step keeps its rows."""
+    batch = spec.batch.model_copy(
+        update={"micro_batch_size": rows, "gradient_accumulation_steps": 1, "rows_per_step": spec.batch.step_rows}
+    )
+    return spec.model_copy(update={"batch": batch})
 
 
 def upgrade_spec(stored: dict[str, Any]) -> JobSpec:

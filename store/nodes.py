@@ -15,7 +15,7 @@ _FORGET_SECONDS = 600.0
 
 
 def register(session: Session, *, boot_id: str, name: str, queues: list[str], device: str, budget_gib: float | None) -> None:
-    """Write a worker's row. `device` is cuda or cpu; `budget_gib` is the GPU memory a run may plan with."""
+    """Write a worker's row. `device` is the GPU's name, or cpu; `budget_gib` is the GPU memory a run may plan with."""
     facts = {"name": name, "queues": queues, "device": device, "budget_gib": budget_gib}
     row = insert(WorkerNode).values(boot_id=boot_id, **facts)
     session.execute(row.on_conflict_do_update(index_elements=["boot_id"], set_=facts | {"last_seen_at": func.now()}))
@@ -45,10 +45,10 @@ def live_nodes(session: Session) -> list[WorkerNode]:
     return list(session.scalars(select(WorkerNode).where(live).order_by(WorkerNode.name, WorkerNode.boot_id)))
 
 
-def largest_budget(session: Session) -> float | None:
-    """The largest memory budget in GiB among live workers that train. None when none is up, or none has a GPU."""
-    budgets = [node.budget_gib for node in live_nodes(session) if "gpu" in node.queues]
-    return max((budget for budget in budgets if budget is not None), default=None)
+def largest_node(session: Session) -> WorkerNode | None:
+    """The live worker that trains with the largest memory budget. None when none is up, or none has a GPU."""
+    training = [node for node in live_nodes(session) if "gpu" in node.queues and node.budget_gib is not None]
+    return max(training, key=lambda node: node.budget_gib or 0.0, default=None)
 
 
 def _seconds(seconds: float) -> ColumnElement[object]:

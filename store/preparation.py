@@ -15,7 +15,7 @@ from core.events import StatusChanged
 from core.records import DatasetReport, TokenCounts
 from core.spec import JobSpec, upgrade_spec
 from core.states import DatasetStatus, JobStatus, Phase, Reason
-from store import jobs, outbox
+from store import jobs, nodes, outbox, plans
 from store.tables import Dataset, Job, JobDataset, TokenCache
 
 MAX_TRIES = 3
@@ -158,7 +158,10 @@ def record_tokens(session: Session, claim: JobClaim, missing: MissingTokens, cou
 
 
 def queue_job(session: Session, claim: JobClaim) -> tuple[StatusChanged, outbox.Bell | None] | None:
-    """All tokens stand: on to the GPU queue, or fail when none of them is trained on. None when the job is gone."""
+    """All tokens stand: on to the GPU queue, or fail when none of them is trained on or no live worker has the memory.
+
+    None when the job is gone.
+    """
     job = session.scalar(select(Job).where(Job.id == claim.job_id, Job.status == JobStatus.VALIDATING_FILES).with_for_update())
     if job is None:
         return None
@@ -167,6 +170,11 @@ def queue_job(session: Session, claim: JobClaim) -> tuple[StatusChanged, outbox.
     problem = _unusable(counts, claim.spec)
     if problem is not None:
         return jobs.move(session, job, JobStatus.FAILED, reason=problem[0], message=problem[1]), None
+    too_large = plans.why_too_large(session, claim.spec, counts, nodes.largest_node(session))
+    if too_large is not None:
+        return jobs.move(
+            session, job, JobStatus.FAILED, reason=Reason.BAD_SPEC, message=f"The job fits no worker: {too_large}"
+        ), None
     change = jobs.move(session, job, JobStatus.QUEUED, phase=None)
     return change, outbox.post(session, outbox.Bell(outbox.RUN_JOB, job.id))
 

@@ -4,6 +4,7 @@ A claim is one conditional UPDATE queued -> running that raises the fence (= att
 database's clock and inserts the run. A worker that lost its lease can only find out; it can't do harm.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -17,9 +18,11 @@ from core.errors import FenceLost
 from core.events import PhaseChanged, Started, StatusChanged, Step, TrainEvent
 from core.spec import JobSpec, upgrade_spec
 from core.states import MAX_LOST, JobStatus, Reason, Retry, RunStatus
-from store import events, jobs, outbox
+from store import events, jobs, outbox, plans
 from store.ids import new_id
-from store.tables import Adapter, AdapterVersion, Checkpoint, Job, Run
+from store.tables import Adapter, AdapterVersion, Checkpoint, Job, Run, WorkerNode
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,12 @@ def checkpoint_key(job_id: str, attempt: int, step: int) -> str:
 
 
 def claim_run(session: Session, job_id: str, *, boot_id: str, worker: str, lease_seconds: float) -> Claim | None:
-    """Take a queued job. None when there is nothing to take: done, taken, cancelled or never there."""
+    """Take a queued job. None when there is nothing to take (done, taken, cancelled or never there), or not for this worker.
+
+    A job that is too large for the budget the worker registered is left to others; its bell stands.
+    """
+    if not _fits(session, job_id, boot_id):
+        return None
     taken = session.execute(
         update(Job)
         .where(Job.id == job_id, Job.status == JobStatus.QUEUED)
@@ -253,6 +261,17 @@ def _end_run(session: Session, job_id: str, attempt: int, status: RunStatus, rea
         .where(Run.job_id == job_id, Run.attempt == attempt)
         .values(status=status, reason=reason, message=message, ended_at=func.now())
     )
+
+
+def _fits(session: Session, job_id: str, boot_id: str) -> bool:
+    node = session.get(WorkerNode, boot_id)
+    job = session.scalar(select(Job).where(Job.id == job_id, Job.status == JobStatus.QUEUED))
+    if node is None or job is None:
+        return True
+    too_large = plans.why_too_large(session, upgrade_spec(job.spec), jobs.job_tokens(session, job_id), node)
+    if too_large is not None:
+        log.info("%s is left to other workers: %s", job_id, too_large)
+    return too_large is None
 
 
 def _newest_checkpoint(session: Session, job_id: str) -> ResumePoint | None:

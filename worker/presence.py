@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 from store import nodes
@@ -44,10 +45,10 @@ class Presence:
             log.warning("not signed off, the database is away: %s", type(error).__name__)
 
     def _work(self) -> None:
-        memory_gib = gpu_memory_gib()
+        gpu = find_gpu()
         budget = self._settings.gpu_budget_gib
-        if budget is None and memory_gib is not None:
-            budget = memory_gib - (self._settings.serving_gpu_gib or 0.0)
+        if budget is None and gpu is not None:
+            budget = gpu.memory_gib - (self._settings.serving_gpu_gib or 0.0)
         while True:
             try:
                 with self._database.transaction() as session:
@@ -57,7 +58,7 @@ class Presence:
                             boot_id=self._boot_id,
                             name=self._name,
                             queues=self._queues,
-                            device="cpu" if memory_gib is None else "cuda",
+                            device="cpu" if gpu is None else gpu.name,
                             budget_gib=budget,
                         )
             except UNREACHABLE as error:
@@ -68,17 +69,25 @@ class Presence:
                 return
 
 
-def gpu_memory_gib() -> float | None:
-    """Memory of the first GPU this worker may use, in GiB; None where there is none."""
+@dataclass(frozen=True)
+class FoundGpu:
+    name: str
+    """As nvidia-smi gives it."""
+    memory_gib: float
+
+
+def find_gpu() -> FoundGpu | None:
+    """The first GPU this worker may use; None where there is none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible == "" or not Path("/proc/driver/nvidia/version").exists():
         return None
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     if visible is not None:
         command += ["-i", visible.split(",")[0]]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS, check=True)
-        return float(answer.stdout.split()[0]) / 1024
+        name, _, mebibytes = answer.stdout.splitlines()[0].rpartition(",")
+        return FoundGpu(name.strip(), float(mebibytes) / 1024)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         log.warning("a GPU driver is here, but nvidia-smi gives no answer: %s", error)
         return None

@@ -18,8 +18,8 @@ from core.manifest import folder_digest, verify_folder
 from core.model_folder import verify_code
 from core.run import CHECKPOINT_KIND, TOKEN_CACHE_KIND, RunInput, TokenCacheRef
 from core.states import Reason
-from store import files, runs
-from store.tables import JobDataset, Model
+from store import files, jobs, plans, runs
+from store.tables import JobDataset, Model, WorkerNode
 from worker.context import Context
 from worker.publisher import RunEvents
 
@@ -51,7 +51,7 @@ class _Staging:
 
     def run_input(self) -> RunInput:
         spec = self._claim.spec
-        model, keys = self._transact(self._look_up)
+        model, keys, rows_at_once = self._transact(self._look_up)
         if model is None:
             raise Refused(Reason.BAD_SPEC, f"The base model {spec.base_model} is no longer registered.")
         model_folder = self._context.settings.models_folder / model.folder
@@ -79,13 +79,17 @@ class _Staging:
                 )
                 for ref in spec.data.datasets
             ],
+            rows_at_once=rows_at_once,
             resume_from=self._checkpoint(),
         )
 
-    def _look_up(self, session: Session) -> tuple[Model | None, dict[str, str]]:
+    def _look_up(self, session: Session) -> tuple[Model | None, dict[str, str], int | None]:
         model = session.scalar(select(Model).where(Model.name == self._claim.spec.base_model))
         keys = select(JobDataset.dataset_id, JobDataset.token_key).where(JobDataset.job_id == self._claim.job_id)
-        return model, {row.dataset_id: row.token_key for row in session.execute(keys)}
+        node = session.get(WorkerNode, self._claim.boot_id)
+        counts = jobs.job_tokens(session, self._claim.job_id)
+        rows = plans.rows_at_once(session, self._claim.spec, counts, node)
+        return model, {row.dataset_id: row.token_key for row in session.execute(keys)}, rows
 
     def _token_cache(self, dataset_id: str, key: str) -> Path:
         try:

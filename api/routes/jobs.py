@@ -78,6 +78,7 @@ def create_job(services: ServicesDep, caller: CallerDep, spec: SpecBody, idempot
             if answered is not None:
                 return _answer(answered[0], JobRecord.model_validate(answered[1]))
         submission = submit.check_submission(session, caller.project_id, spec, has_judge=services.settings.has_judge)
+        submit.check_size(session, submission)
         job, bell = jobs.create_job(
             session, caller.project_id, spec, dataset_digests=submission.digests, tokenizer=submission.model.tokenizer
         )
@@ -92,7 +93,7 @@ def create_job(services: ServicesDep, caller: CallerDep, spec: SpecBody, idempot
 
 @router.post("/jobs/plan", dependencies=[needs("jobs:read")], responses=secured(413, 415))
 def plan_job(services: ServicesDep, caller: CallerDep, spec: SpecBody) -> PlanRecord:
-    """Dry run: would it be accepted, how many steps, how much memory, and what looks unwise. Nothing is queued."""
+    """Dry run: would it be accepted, how many steps, how much memory and time, what would make it fit, and what looks unwise."""
     with services.database.transaction() as session:
         submission = submit.check_submission(session, caller.project_id, spec, has_judge=services.settings.has_judge)
         return submit.plan_submission(session, submission)

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from core.plan.coefficients import find_gpu
-from core.plan.knobs import Outlook, knobs_for
+from core.plan.knobs import Outlook, knobs_for, most_rows_at_once
 from core.plan.memory import estimate_memory
 from core.plan.time import step_seconds
-from core.plan.work import Work, rows_per_step, steps_of, work_of
+from core.plan.work import Work, steps_of, work_of
 from core.records import Knob, MemoryEstimate, PlanRecord, TokenCounts
-from core.spec import Fp4Quantization, FullTuning, JobSpec, LoraTuning, Nf4Quantization
+from core.spec import Fp4Quantization, FullTuning, JobSpec, LoraTuning, Nf4Quantization, with_rows_at_once
 
 _WAYS = 3
 
@@ -45,6 +45,9 @@ def plan(
         changed = work(of)
         return estimate_memory(changed), None if kind is None else step_seconds(changed, kind)
 
+    if spec.batch.micro_batch_size == "auto":
+        decided = spec.batch.rows_at_once if budget_gib is None else most_rows_at_once(spec, budget_gib, outlook)
+        spec = with_rows_at_once(spec, decided)
     asked = work(spec)
     memory, seconds = outlook(spec)
     if counts is None:
@@ -57,6 +60,7 @@ def plan(
         eval_rows=eval_rows,
         steps=steps,
         tokens=counts or [],
+        rows_at_once=spec.batch.rows_at_once,
         trainable_parameters=asked.trainable,
         memory=memory,
         budget_gib=budget_gib,
@@ -94,7 +98,7 @@ def _warnings(
             yield f"tuning.rank {spec.tuning.rank} is outside the usual 4 to 16"
         if not 16 <= spec.tuning.alpha <= 64:
             yield f"tuning.alpha {spec.tuning.alpha:g} is outside the usual 16 to 64"
-    rows = rows_per_step(spec)
+    rows = spec.batch.step_rows
     if not 16 <= rows <= 64:
         yield f"{rows} rows per step (micro_batch_size × gradient_accumulation_steps) is outside the usual 16 to 64"
     for count in counts or []:

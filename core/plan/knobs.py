@@ -4,13 +4,14 @@ First come those that change nothing of what is learned, then those that do; amo
 them first. What a step trains on stays the same: a smaller micro-batch is made up for by more of them.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import ValidationError
 
 from core.records import Knob, MemoryEstimate
-from core.spec import JobSpec
+from core.spec import JobSpec, with_rows_at_once
 
 Outlook = tuple[MemoryEstimate, float | None]
 """(memory, seconds of a step where the GPU's kind is known)"""
@@ -19,6 +20,7 @@ Changes = dict[str, Any]
 """JSON pointer into the spec -> its new value."""
 
 _FEWEST_TOKENS = 256
+_MARGIN = 0.1
 _SHOWN = 8
 
 
@@ -44,6 +46,14 @@ def knobs_for(spec: JobSpec, budget_gib: float, longest: int, outlook: Callable[
             found.append((is_neutral, knob))
     found.sort(key=lambda pair: (not pair[1].fits, not pair[0], pair[1].step_time or 0.0, pair[1].total_gib))
     return [knob for _, knob in found[:_SHOWN]]
+
+
+def most_rows_at_once(spec: JobSpec, budget_gib: float, outlook: Callable[[JobSpec], Outlook]) -> int:
+    """The most rows of a step, by halves, whose plan leaves a tenth of the budget free; 1 where none does."""
+    rows = spec.batch.step_rows
+    while rows > 1 and outlook(with_rows_at_once(spec, rows))[0].total_gib > (1 - _MARGIN) * budget_gib:
+        rows = math.ceil(rows / 2)
+    return rows
 
 
 def changed_spec(spec: JobSpec, changes: Changes) -> JobSpec | None:
@@ -98,13 +108,12 @@ def _candidates(
 
 def _smaller_batch(spec: JobSpec, base: Changes, budget_gib: float, outlook: Callable[[JobSpec], Outlook]) -> Iterator[Changes]:
     """The largest part of the micro-batch, by halves, that fits together with `base`; else a single row."""
-    rows, times = spec.batch.micro_batch_size, 1
+    rows, times = spec.batch.rows_at_once, 1
     while rows % 2 == 0:
         rows, times = rows // 2, times * 2
-        changes: Changes = {
-            "/batch/micro_batch_size": rows,
-            "/batch/gradient_accumulation_steps": spec.batch.gradient_accumulation_steps * times,
-        }
+        changes: Changes = {"/batch/micro_batch_size": rows}
+        if spec.batch.rows_per_step is None:
+            changes["/batch/gradient_accumulation_steps"] = spec.batch.gradient_accumulation_steps * times
         changed = changed_spec(spec, base | changes)
         if changed is None:
             return

@@ -112,7 +112,7 @@ def work_of(
     shape = model_shape(architecture, config)
     parameters += new_parameters(spec, shape)
     tier = tier_of(spec, architecture, config)
-    rows, held_rows = rows_per_step(spec), spec.batch.micro_batch_size
+    rows, held_rows = spec.batch.step_rows, spec.batch.rows_at_once
     sequences = 2 if DATA_KINDS[spec.objective.kind] == "preference" else 1  # both answers of a pair are in memory at once
     lengths = lengths_of(spec, counts, sequences)
     step_tokens = rows * lengths.mean
@@ -159,10 +159,6 @@ def tier_of(spec: JobSpec, architecture: str, config: dict[str, Any]) -> Tier:
     return "fused" if FAMILIES[architecture].name in _FUSED and not _unfused(spec) else "packed"
 
 
-def rows_per_step(spec: JobSpec) -> int:
-    return spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps
-
-
 def count_steps(rows_per_epoch: int, rows_per_step: int, schedule: ScheduleSpec) -> int:
     """Optimizer steps of a job: an epoch ends with what rows are left, a fraction of one is rounded up to whole steps."""
     per_epoch = math.ceil(rows_per_epoch / rows_per_step)
@@ -177,7 +173,7 @@ def steps_of(spec: JobSpec, counts: list[TokenCounts], eval_rows: int) -> int:
     # Held-out rows are drawn from all datasets alike, so each gives its share.
     share = eval_rows / sum(usable.values())
     draws = [max(1, round(weights[d] * round(rows * (1 - share)))) for d, rows in usable.items() if round(rows * (1 - share))]
-    return count_steps(sum(draws), rows_per_step(spec), spec.schedule)
+    return count_steps(sum(draws), spec.batch.step_rows, spec.schedule)
 
 
 def lengths_of(spec: JobSpec, counts: list[TokenCounts] | None, sequences: int) -> Lengths:

@@ -80,7 +80,7 @@ class TrainingRows:
         self.fingerprint = _fingerprint(contents, seed, [dataset.weight for dataset in datasets])
         self._seed = seed
         self._group_by_length = batch.group_by_length
-        self.rows_per_step = batch.micro_batch_size * batch.gradient_accumulation_steps
+        self.rows_per_step = batch.step_rows
         self._epoch: tuple[int, list[Place]] = (-1, [])
 
     @property

@@ -29,7 +29,7 @@ from core.models.load import load_base, pick_device, quantization_name, resolve_
 from core.models.vocabulary import extend_vocabulary, install_rows
 from core.plan.work import PROBED_EXAMPLES
 from core.run import RunInput
-from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec
+from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec, with_rows_at_once
 from core.train.batches import TrainingRows, WeightedRows
 from core.train.device import make_accelerator, out_of_memory_named, seed_everything
 from core.train.losses import LOSSES, ExampleLosses, Loss, sequence_nats
@@ -125,7 +125,7 @@ def build_training(run: RunInput) -> Training:
 
 
 def _build(run: RunInput, plain_because: str | None = None) -> Training:
-    spec = run.spec
+    spec = run.spec if run.rows_at_once is None else with_rows_at_once(run.spec, run.rows_at_once)
     device = pick_device(run.device)
     caches = [WeightedRows(TokenCache.open(ref.folder), ref.weight) for ref in run.token_caches]
     rows = TrainingRows(caches, eval_rows=spec.data.eval_rows, batch=spec.batch, seed=spec.seed)
@@ -244,7 +244,7 @@ def _measure_references(model: Any, rows: TrainingRows, spec: JobSpec, device: t
 def _enter_packed(training: Training, spec: JobSpec) -> None:
     """Switch to the packed tier after a few of the run's rows have gone through both. Raises PackingMismatch."""
     # No more at once than a step of the plain tier holds: four long rows would not fit where one does.
-    examples = training.rows.step_rows(1)[: min(PROBED_EXAMPLES, spec.batch.micro_batch_size)]
+    examples = training.rows.step_rows(1)[: min(PROBED_EXAMPLES, spec.batch.rows_at_once)]
 
     def measured(layout: Layout) -> Probe:
         with training.adapters_uncast():

@@ -58,8 +58,8 @@ def choose_tier(spec: JobSpec, config: Any, device: torch.device, compute: Compu
 
 def layout_of(spec: JobSpec, tier: Tier) -> Layout:
     if tier == "plain":
-        return Padded(spec.batch.micro_batch_size)
-    return Packed(spec.batch.micro_batch_size * spec.data.max_length)
+        return Padded(spec.batch.rows_at_once)
+    return Packed(spec.batch.rows_at_once * spec.data.max_length)
 
 
 def enter_packed(model: Any, device: torch.device, *, own_kernels: bool = True) -> str:

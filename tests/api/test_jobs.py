@@ -228,6 +228,23 @@ def test_a_plan_says_what_would_be_done_and_does_nothing(plane: Plane, client: h
     problem(client.post("/jobs/plan", json=spec | {"base_model": "nobody"}), 422)
 
 
+def test_a_job_that_fits_no_worker_is_refused_with_the_numbers_and_the_way_out(plane: Plane, client: httpx.Client) -> None:
+    spec = plane.spec(plane.ready_dataset(client), tuning={"kind": "full"}, batch={"micro_batch_size": 16})
+    with plane.database.transaction() as session:
+        session.add(WorkerNode(boot_id="w", name="w", queues=["gpu"], device="NVIDIA H100 80GB HBM3", budget_gib=0.001))
+    plan = client.post("/jobs/plan", json=spec).json()
+    assert plan["fits"] is False
+    assert plan["memory"]["total_gib"] == pytest.approx(sum(v for k, v in plan["memory"].items() if k != "total_gib"))
+    assert all(knob["total_gib"] < plan["memory"]["total_gib"] for knob in plan["knobs"])
+    body = problem(client.post("/jobs", json=spec), 422)
+    assert places(body) == {("does-not-fit", "/batch/micro_batch_size")}
+    assert "plans with 0.0" in body["errors"][0]["message"]
+    assert jobs_in(plane) == 0
+    with plane.database.transaction() as session:
+        session.get(WorkerNode, "w").budget_gib = 80.0
+    assert client.post("/jobs", json=spec).status_code == 201
+
+
 def test_lists_filter_and_page_newest_first(plane: Plane, client: httpx.Client) -> None:
     dataset_id = plane.ready_dataset(client)
     bases = ["tiny", "org/Small", "tiny", "tiny", "org/Small"]

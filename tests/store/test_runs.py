@@ -12,7 +12,7 @@ from core.spec import JobSpec
 from core.states import JobStatus
 from store import events, jobs, nodes, runs
 from store.db import Database
-from store.tables import DEFAULT_PROJECT, AdapterVersion, Dataset, Job, Run
+from store.tables import DEFAULT_PROJECT, AdapterVersion, Dataset, Job, Run, WorkerNode
 
 SPEC = JobSpec.model_validate({"base_model": "tiny", "data": {"datasets": [{"dataset_id": "ds_bbbbbbbbbbbb"}]}})
 
@@ -104,14 +104,19 @@ def test_a_checkpoint_recorded_twice_stands_once(database: Database) -> None:
             assert runs.record_checkpoint(session, claim, step=1, sha256="c", size=1) == []
 
 
+def budget_of(node: WorkerNode | None) -> float | None:
+    assert node is not None
+    return node.budget_gib
+
+
 def test_the_largest_budget_is_that_of_a_live_gpu_worker(database: Database) -> None:
     with database.transaction() as session:
-        assert nodes.largest_budget(session) is None
+        assert nodes.largest_node(session) is None
         for name, queue, budget in (("a", "gpu", 20.0), ("b", "gpu", 70.0), ("c", "prepare", 99.0), ("d", "gpu", None)):
             nodes.register(session, boot_id=name, name=name, queues=[queue], device="cuda", budget_gib=budget)
     with database.transaction() as session:
-        assert nodes.largest_budget(session) == 70.0
+        assert budget_of(nodes.largest_node(session)) == 70.0
         nodes.leave(session, "b")
-        assert nodes.largest_budget(session) == 20.0
+        assert budget_of(nodes.largest_node(session)) == 20.0
         assert nodes.beat(session, "a")
         assert not nodes.beat(session, "b")

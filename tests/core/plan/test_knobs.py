@@ -86,3 +86,25 @@ def test_a_refusal_holds_the_numbers_and_the_way_out() -> None:
     assert f"about {record.memory.total_gib:.1f} GiB are needed (weights {record.memory.weights_gib:.1f}, " in said
     assert "plans with 40.0: " in said
     assert "times as long a step)" in said
+
+
+AUTO: dict[str, Any] = {"micro_batch_size": "auto", "rows_per_step": 64}
+
+
+def test_auto_is_the_most_rows_that_leave_a_tenth_of_the_budget() -> None:
+    large, small = (planned(spec(batch=AUTO), ROWS, budget_gib=budget) for budget in (78.0, 30.0))
+    assert large.rows_at_once > small.rows_at_once > 1
+    for record, budget in ((large, 78.0), (small, 30.0)):
+        assert record.memory.total_gib <= 0.9 * budget
+        said = {"micro_batch_size": record.rows_at_once, "rows_per_step": 64}
+        assert planned(spec(batch=said), ROWS).memory == record.memory
+        more = {"micro_batch_size": 2 * record.rows_at_once, "rows_per_step": 64}
+        assert planned(spec(batch=more), ROWS).memory.total_gib > 0.9 * budget
+        assert (record.steps, record.fits, record.knobs) == (16, True, [])
+
+
+def test_auto_goes_down_to_one_row_and_no_further() -> None:
+    record = planned(spec(batch=AUTO), ROWS, budget_gib=14.0)
+    assert (record.rows_at_once, record.fits) == (1, False)
+    assert record.knobs[0].fits
+    assert planned(spec(batch=AUTO), ROWS).rows_at_once == 4, "nobody has said how much room there is"

@@ -183,3 +183,14 @@ def test_trap_13_dropout_is_honoured_and_the_same_when_a_step_is_done_again(
     out_of_memory_in(monkeypatch, lambda n: n == 4)
     monkeypatch.setattr("core.eval.layout.Padded.halved", lambda self, examples: self)
     assert losses(train_here(run_input(tiny, cache, spec), tmp_path / "again")) == whole
+
+
+def test_auto_puts_in_memory_what_the_worker_decided_and_changes_no_step(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    batch = {"batch": {"micro_batch_size": "auto", "rows_per_step": 8, "packing": "off"}}
+    said = train_here(run_input(tiny, cache, spec_of(**packing("off"))), tmp_path / "said")
+    run = run_input(tiny, cache, spec_of(**batch))
+    decided = [train_here(run.model_copy(update={"rows_at_once": rows}), tmp_path / str(rows)) for rows in (None, 1, 8)]
+    for events in decided:
+        assert losses(events) == pytest.approx(losses(said), abs=5e-5)
+    layouts = [build.build_training(run.model_copy(update={"rows_at_once": rows})).layout for rows in (None, 1, 8)]
+    assert [str(layout) for layout in layouts] == [f"{rows} padded rows at once" for rows in (4, 1, 8)]
