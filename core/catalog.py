@@ -7,6 +7,9 @@ class gives it, so where that decides about attention it stands in the entry.
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Tier = Literal["plain", "packed", "fused"]
+"""What a run's steps are computed by (docs/methods.md)."""
+
 
 @dataclass(frozen=True)
 class ModelFamily:
@@ -18,6 +21,8 @@ class ModelFamily:
     """Tokens that attention sees, the own one included, where config.json says nothing; None is all of them."""
     softcap: float | None = None
     """Bound of the attention scores (arXiv 2408.00118, section 2) where config.json says nothing."""
+    fused: bool = False
+    """core/train/fused has decoder layers for it."""
     tied_embeddings: bool = False
     """Whether input embedding and output head are one matrix where config.json says nothing."""
 
@@ -26,12 +31,12 @@ _SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 _FUSED_GATE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 
 FAMILIES: dict[str, ModelFamily] = {
-    "LlamaForCausalLM": ModelFamily("llama", _SPLIT),  # SmolLM and SmolLM2 too
+    "LlamaForCausalLM": ModelFamily("llama", _SPLIT, fused=True),  # SmolLM and SmolLM2 too
     "MistralForCausalLM": ModelFamily("mistral", _SPLIT, sliding_window=4096),
-    "Qwen2ForCausalLM": ModelFamily("qwen2", _SPLIT),  # Qwen2.5 too
-    "Qwen3ForCausalLM": ModelFamily("qwen3", _SPLIT),
-    "GlmForCausalLM": ModelFamily("glm", _FUSED_GATE),
-    "Glm4ForCausalLM": ModelFamily("glm4", _FUSED_GATE),
+    "Qwen2ForCausalLM": ModelFamily("qwen2", _SPLIT, fused=True),  # Qwen2.5 too
+    "Qwen3ForCausalLM": ModelFamily("qwen3", _SPLIT, fused=True),
+    "GlmForCausalLM": ModelFamily("glm", _FUSED_GATE, fused=True),
+    "Glm4ForCausalLM": ModelFamily("glm4", _FUSED_GATE, fused=True),
     "GemmaForCausalLM": ModelFamily("gemma", _SPLIT, tied_embeddings=True),
     "Gemma2ForCausalLM": ModelFamily("gemma2", _SPLIT, sliding_window=4096, softcap=50.0, tied_embeddings=True),
     "Gemma3ForCausalLM": ModelFamily("gemma3_text", _SPLIT, sliding_window=4096, tied_embeddings=True),

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from core.catalog import Tier
 from core.states import JobStatus, Phase, Reason
 
 
@@ -33,7 +34,7 @@ class Started(_Event):
     eval_rows: int
     trainable_parameters: int
     total_parameters: int
-    tier: Literal["plain", "packed"] = Field(default="plain", description="packed: rows end to end, without padding.")
+    tier: Tier = Field(default="plain", description="packed: rows end to end, without padding; fused: with layers of our own.")
     tier_reason: str = Field(default="", description="Why this tier, for people.")
     example: list[tuple[str, bool]] = Field(description="The first row as it is trained: (text, carries loss) pieces.")
 

@@ -6,6 +6,7 @@ the part it needs (`OptimSpec`), never the whole.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -273,6 +274,11 @@ class MemorySpec(Frozen):
         default=False, description="With checkpointing: what is kept waits in the computer's memory, not the GPU's."
     )
     compile: bool = Field(default=False, description="torch.compile each decoder layer: a slower start, faster steps.")
+    fused_layers: bool = Field(
+        default=False,
+        description="Over packed rows: decoder layers of our own, which keep half as much for the backward pass and compile at "
+        "the start of a run (Llama, Qwen2, Qwen3, GLM, GLM-4).",
+    )
 
     @model_validator(mode="after")
     def _levers_have_a_hold(self) -> Self:
@@ -382,6 +388,8 @@ class JobSpec(Frozen):
             reasons.append("dora reads its base's weights in every step, which int8 ones do not allow: use nf4 or fp4")
         if quantized and self.memory.compile:
             reasons.append("compile with a quantized base is not offered: it may keep every dequantized weight in memory")
+        if self.memory.fused_layers:
+            reasons += [f"fused_layers {reason}" for reason in self._unfused()]
         if quantized and self.memory.precision == "fp16":
             reasons.append(f"{self.quantization.kind} with fp16 compute is not offered: use bf16, fp32 or auto")
         if self.eval.metric == "eval_reward_accuracy" and DATA_KINDS[self.objective.kind] != "preference":
@@ -396,6 +404,23 @@ class JobSpec(Frozen):
         if reasons:
             raise ValueError("; ".join(reasons))
         return self
+
+    def _unfused(self) -> Iterator[str]:
+        """What fused layers know nothing of."""
+        if isinstance(self.tuning, MoraTuning):
+            yield "have no MoRA"
+        if isinstance(self.tuning, LoraTuning) and self.tuning.dora:
+            yield "have no DoRA"
+        if isinstance(self.tuning, LoraTuning) and self.tuning.dropout > 0:
+            yield f"have no dropout: set tuning.dropout 0, not {self.tuning.dropout:g}"
+        if isinstance(self.quantization, Int8Quantization):
+            yield "have no int8 weights: use nf4, fp4 or none"
+        if DATA_KINDS[self.objective.kind] == "preference":
+            yield f"serve sft and plain_text, not {self.objective.kind}"
+        if self.batch.packing == "off":
+            yield "need packed rows: leave batch.packing auto"
+        if self.memory.compile:
+            yield "compile what they need themselves: leave memory.compile off"
 
 
 def with_rows_at_once(spec: JobSpec, rows: int) -> JobSpec:

@@ -31,6 +31,9 @@ def check_spec(spec: JobSpec, *, architecture: str, context_length: int, config:
     obstacle = can_pack(architecture, config, spec.data.max_length)
     if spec.batch.packing == "on" and obstacle is not None:
         problems.append(Problem("packing-impossible", f"{spec.base_model}: {obstacle}", pointer="/batch/packing"))
+    if spec.memory.fused_layers and (obstacle is not None or not FAMILIES[architecture].fused):
+        message = f"{spec.base_model}: {obstacle or f'{FAMILIES[architecture].name} has no fused layers'}"
+        problems.append(Problem("fused-layers-impossible", message, pointer="/memory/fused_layers"))
     if spec.eval.every_steps is not None and not spec.data.eval_rows:
         message = "there is nothing to evaluate on: set data.eval_rows"
         problems.append(Problem("no-eval-rows", message, pointer="/eval/every_steps"))

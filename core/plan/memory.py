@@ -8,9 +8,10 @@ every module a copy of its own. Fused layers keep what core/train/fused/layer.py
 tests/core/plan/test_kept.py and test_peak.py hold all this against what autograd saves, and a step takes, on a CPU.
 """
 
+from core.catalog import Tier
 from core.plan.coefficients import STANDING, Coefficients
 from core.plan.shape import READERS, targets_of
-from core.plan.work import Tier, Work
+from core.plan.work import Work
 from core.records import MemoryEstimate
 from core.spec import Fp4Quantization, FullTuning, Int8Quantization, LoraTuning, MoraTuning, Nf4Quantization, Quantization
 from core.tuning import adapter_parameters, mora_size

@@ -7,22 +7,18 @@ instruction data is. N is tokens.
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any
 
-from core.catalog import FAMILIES, can_pack
+from core.catalog import Tier, can_pack
 from core.plan.shape import ModelShape, adapted_modules, model_shape, new_parameters, trainable_parameters
 from core.records import TokenCounts
 from core.spec import DATA_KINDS, FullTuning, JobSpec, ScheduleSpec
-
-Tier = Literal["plain", "packed", "fused"]
 
 PROBED_EXAMPLES = 4
 """So many examples of the first step, and no more than fit a micro-batch, go through the plain tier before a packed run."""
 
 _LIGER = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "glm4", "smollm3"})
 """Families whose norms and gates liger has kernels for (0.8); with the others the packed tier keeps what the plain one does."""
-_FUSED: frozenset[str] = frozenset()
-"""Families whose packed jobs are trained by fused layers; no job chooses those yet."""
 _SPREAD = 1.43
 """Mean square over squared mean of the lengths where no sum of squares was stored: log-normal of sigma 0.6."""
 _STEPS_UNKNOWN = 100
@@ -156,7 +152,7 @@ def tier_of(spec: JobSpec, architecture: str, config: dict[str, Any]) -> Tier:
         return "plain"
     if can_pack(architecture, config, spec.data.max_length) is not None:
         return "plain"
-    return "fused" if FAMILIES[architecture].name in _FUSED and not _unfused(spec) else "packed"
+    return "fused" if spec.memory.fused_layers else "packed"
 
 
 def count_steps(rows_per_epoch: int, rows_per_step: int, schedule: ScheduleSpec) -> int:
@@ -209,10 +205,3 @@ def _highest(steps: int | None) -> float:
     """How many deviations above the mean the largest of so many steps is (Blom 1958)."""
     steps = _STEPS_UNKNOWN if steps is None else max(steps, 1)
     return NormalDist().inv_cdf((steps - 0.375) / (steps + 0.25)) if steps > 1 else 0.0
-
-
-def _unfused(spec: JobSpec) -> bool:
-    """Whether this tuning has no fused form (core.train.fused.install)."""
-    tuning = spec.tuning
-    special = tuning.kind == "mora" or (tuning.kind == "lora" and (tuning.dora or tuning.dropout > 0))
-    return special or spec.quantization.kind == "int8"

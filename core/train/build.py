@@ -6,7 +6,7 @@ child has read its run.json, before the first step.
 
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,8 @@ from core.run import RunInput
 from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec, with_rows_at_once
 from core.train.batches import TrainingRows, WeightedRows
 from core.train.device import make_accelerator, out_of_memory_named, seed_everything
+from core.train.fused.elementwise import PLAIN, compiled
+from core.train.fused.install import install_fused, uninstall_fused
 from core.train.losses import LOSSES, ExampleLosses, Loss, sequence_nats
 from core.train.optim import build_optimizer
 from core.train.selection import Selection
@@ -145,6 +147,8 @@ def _build(run: RunInput, plain_because: str | None = None) -> Training:
     if spec.memory.checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise BadSpec(f"memory.checkpointing: the code of {spec.base_model} does not offer it")
+        if spec.memory.checkpointing_offload and device.type != "cuda":
+            raise BadSpec("memory.checkpointing_offload: only offered on a GPU: here everything is in the computer's memory")
         # The re-entrant kind gives frozen bases no gradient at all, and says nothing.
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -258,6 +262,24 @@ def _enter_packed(training: Training, spec: JobSpec) -> None:
         packed = measured(layout_of(spec, "packed"))
         said = assert_agreement(plain, again, packed, training.base.compute_dtype)
     training.choice = Choice("packed", f"{done}; on the first rows {said}")
+    if spec.memory.fused_layers:
+        _enter_fused(training, lambda: measured(layout_of(spec, "fused")), plain, again)
+
+
+def _enter_fused(training: Training, measured: Callable[[], Probe], plain: Probe, again: Probe) -> None:
+    """From the packed tier on to fused layers, which are held to the plain tier too; a disagreement is said and undone."""
+    try:
+        done = install_fused(training.model, compiled() if training.device.type == "cuda" else PLAIN)
+    except ValueError as error:
+        raise BadSpec(f"memory.fused_layers: {error}") from error
+    try:
+        said = assert_agreement(plain, again, measured(), training.base.compute_dtype)
+    except PackingMismatch as mismatch:
+        uninstall_fused(training.model)
+        message = f"the fused layers disagreed with the plain tier, the packed one takes their place: {mismatch}"
+        training.warnings.append(Warned(code="fused_mismatch", message=message))
+        return
+    training.choice = Choice("fused", f"{done}; on the first rows {said}")
 
 
 def _compile_layers(training: Training) -> None:

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from core.catalog import can_pack
+from core.catalog import Tier, can_pack
 from core.errors import BadSpec
 from core.eval.evaluate import ExampleLosses
 from core.eval.layout import Layout, Packed, Padded
@@ -24,8 +24,6 @@ from core.eval.rows import Example, MicroBatch
 from core.models.documents import DOCUMENTS
 from core.models.load import ComputeDtype
 from core.spec import JobSpec
-
-Tier = Literal["plain", "packed"]
 
 _PLAIN_ATTENTION = "sdpa"
 _LOSS_TOLERANCE: dict[ComputeDtype, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
@@ -53,10 +51,13 @@ def choose_tier(spec: JobSpec, config: Any, device: torch.device, compute: Compu
         return Choice("packed", f"{config.model_type} attends to packed rows one by one")
     if spec.batch.packing == "on":
         raise BadSpec(f"batch.packing: on, but {obstacle}")
+    if spec.memory.fused_layers:
+        raise BadSpec(f"memory.fused_layers: {obstacle}")
     return Choice("plain", obstacle)
 
 
 def layout_of(spec: JobSpec, tier: Tier) -> Layout:
+    """Fused layers take what the packed tier takes."""
     if tier == "plain":
         return Padded(spec.batch.rows_at_once)
     return Packed(spec.batch.rows_at_once * spec.data.max_length)

@@ -4,7 +4,6 @@ same objects, so saving, checkpoints, resuming and the optimiser know nothing of
 
 from typing import Any
 
-from core.spec import Int8Quantization, LoraTuning, MoraTuning, Quantization, Tuning
 from core.train.fused.elementwise import PLAIN, Elementwise
 from core.train.fused.layer import FAMILIES, FusedLayer, projections_of
 from core.train.fused.projection import why_no_projection
@@ -12,28 +11,13 @@ from core.train.fused.projection import why_no_projection
 _ACTIVATIONS = ("silu", "swish")
 
 
-def can_fuse(model: Any, tuning: Tuning, quantization: Quantization) -> str | None:
-    """None where this model, with or without its adapter, has fused layers that compute what it does; else why not.
-
-    Attention is not asked about: packed rows are the condition of all this (core.catalog.can_pack).
-    """
-    if isinstance(tuning, MoraTuning):
-        return "MoRA has no fused form"
-    if isinstance(tuning, LoraTuning) and tuning.dora:
-        return "DoRA has no fused form"
-    if isinstance(tuning, LoraTuning) and tuning.dropout > 0:
-        return f"fused layers know no dropout, and tuning.dropout is {tuning.dropout:g}"
-    if isinstance(quantization, Int8Quantization):
-        return "int8 weights have no fused form"
-    return _obstacle(_causal_lm(model))
-
-
 def install_fused(model: Any, ops: Elementwise = PLAIN) -> str:
     """Replace the forward of every decoder layer; what is not a batch of packed rows still goes through the layer's own.
 
     Weights of layers that read one input become views of one matrix, group by group, so memory grows by one group while it
     happens and not at all in the end. `ops` are the element-wise functions, compiled or not. Returns what was done. Raises
-    ValueError for a model that `can_fuse` refuses or that is fused already.
+    ValueError, with the reason, for a model that has no fused layers or has them already. Attention is not asked about: packed
+    rows are the condition of all this (core.catalog.can_pack).
     """
     causal_lm = _causal_lm(model)
     if reason := _obstacle(causal_lm):

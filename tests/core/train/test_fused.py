@@ -15,9 +15,8 @@ from core.eval.rows import Example, MicroBatch, collate_packed, collate_padded
 from core.models.adapt import load_adapter, save_lora
 from core.models.load import dequantized_weight
 from core.models.targets import find_targets
-from core.spec import FullTuning, LoraTuning, MoraTuning, SftObjective
-from core.train import build
-from core.train.fused.install import can_fuse, fused_layer, install_fused, uninstall_fused
+from core.spec import LoraTuning, MoraTuning, SftObjective
+from core.train.fused.install import fused_layer, install_fused, uninstall_fused
 from core.train.fused.layer import FusedLayer
 from core.train.losses import token_loss
 from core.train.tier import plain_attention
@@ -25,7 +24,6 @@ from tests.core.models.adapters import TUNINGS
 from tests.core.train.fused import (
     CPU,
     FAMILIES,
-    LORA,
     Folders,
     adapted,
     apart,
@@ -89,7 +87,6 @@ def test_other_ranks_scales_starts_and_targets(folders: Folders, name: str) -> N
         if tuning.target_modules != "all-linear" and getattr(tuning, "alpha_pattern", None):
             continue  # patterns that match nothing are refused
         model = adapted(base_of(folders("llama")), tuning)
-        assert can_fuse(model, tuning, spec_of().quantization) is None
         expected = measured(model)
         install_fused(model)
         assert_same(measured(model), expected)
@@ -192,14 +189,13 @@ def test_a_run_learns_the_same_and_leaves_the_same(
     eval_ = {"every_steps": 4, "generation": {"rows": 2, "max_tokens": 4}, "keep_best": True}
     spec = spec_of(**{"eval": eval_} | change)
     own = train_here(run_input(folders("qwen2"), cache, spec), tmp_path / "own")
-    enter = build.enter_packed
-
-    def enter_fused(model: Any, device: torch.device, **options: Any) -> str:
-        return f"{enter(model, device, **options)}; {install_fused(model)}"
-
-    monkeypatch.setattr(build, "enter_packed", enter_fused)
-    fused = train_here(run_input(folders("qwen2"), cache, spec), tmp_path / "fused")
-    assert "fused layers" in next(event.tier_reason for event in fused if event.kind == "started")
+    memory = spec.memory.model_copy(update={"fused_layers": True})
+    with_fused = spec.model_copy(update={"memory": memory})
+    fused = train_here(run_input(folders("qwen2"), cache, with_fused), tmp_path / "fused")
+    (started,) = (event for event in fused if event.kind == "started")
+    assert started.tier == "fused"
+    assert "fused layers (2 of qwen2" in started.tier_reason
+    assert "gradients" in started.tier_reason
     assert losses(fused) == pytest.approx(losses(own), abs=5e-5)
     assert losses(fused)[-1] < losses(fused)[0]
     held = [[event.eval_loss for event in events if event.kind == "eval"] for events in (own, fused)]
@@ -211,23 +207,24 @@ def test_a_run_learns_the_same_and_leaves_the_same(
         torch.testing.assert_close(second[key], tensor, rtol=0, atol=2e-3)
     if "checkpoints" in change:
         resumed = train_here(
-            run_input(folders("qwen2"), cache, spec, resume_from=tmp_path / "fused/checkpoints/step-6"), tmp_path / "again"
+            run_input(folders("qwen2"), cache, with_fused, resume_from=tmp_path / "fused/checkpoints/step-6"), tmp_path / "again"
         )
         assert losses(resumed) == losses(fused)[6:], "bit for bit"
 
 
-def test_what_can_t_be_fused_says_why(folders: Folders) -> None:
-    none = spec_of().quantization
-    base = base_of(folders("llama"))
-    assert can_fuse(base, FullTuning(), none) is None
-    assert can_fuse(base, LORA, none) is None
-    assert "MoRA" in str(can_fuse(base, MoraTuning(), none))
-    assert "DoRA" in str(can_fuse(base, LoraTuning(dora=True), none))
-    assert "dropout" in str(can_fuse(base, LoraTuning(dropout=0.1), none))
-    assert "int8" in str(can_fuse(base, LORA, spec_of(quantization={"kind": "int8"}).quantization))
-    assert "gemma has no fused layers" in str(can_fuse(base_of(folders("gemma")), LORA, none))
-    assert "silu, not gelu" in str(can_fuse(base_of(folders("llama", hidden_act="gelu")), LORA, none))
-    assert "Linear8bitLt" in str(can_fuse(base_of(folders("llama"), quantization="int8"), LORA, none))
+@pytest.mark.parametrize(
+    ("family", "settings", "quantization", "reason"),
+    [
+        ("gemma", {}, "none", "gemma has no fused layers"),
+        ("llama", {"hidden_act": "gelu"}, "none", "silu, not gelu"),
+        ("llama", {}, "int8", "Linear8bitLt"),
+    ],
+)
+def test_a_model_that_can_t_be_fused_says_why(
+    folders: Folders, family: str, settings: dict[str, Any], quantization: Quantization, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        install_fused(base_of(folders(family, **settings), quantization=quantization))
 
 
 @pytest.mark.parametrize(
