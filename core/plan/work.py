@@ -14,9 +14,6 @@ from core.plan.shape import ModelShape, adapted_modules, model_shape, new_parame
 from core.records import TokenCounts
 from core.spec import DATA_KINDS, FullTuning, JobSpec, ScheduleSpec
 
-PROBED_EXAMPLES = 4
-"""So many examples of the first step, and no more than fit a micro-batch, go through the plain tier before a packed run."""
-
 _LIGER = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "glm4", "smollm3"})
 """Families whose norms and gates liger has kernels for (0.8); with the others the packed tier keeps what the plain one does."""
 _SPREAD = 1.43
@@ -125,7 +122,7 @@ def work_of(
         held = math.ceil(min(room, most_tokens))
         micro_batches, most = math.ceil(step_tokens / room), math.ceil(most_tokens / room)
         computed, attended = step_tokens, lengths.attended
-        probed = min(PROBED_EXAMPLES, held_rows, rows) * sequences * lengths.longest
+        probed = sequences * lengths.longest  # one example at a time
     return Work(
         spec=spec,
         shape=shape,

@@ -27,7 +27,6 @@ from core.events import Warned
 from core.models.adapt import attach_adapter
 from core.models.load import load_base, pick_device, quantization_name, resolve_precision
 from core.models.vocabulary import extend_vocabulary, install_rows
-from core.plan.work import PROBED_EXAMPLES
 from core.run import RunInput
 from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec, with_rows_at_once
 from core.train.batches import TrainingRows, WeightedRows
@@ -52,6 +51,7 @@ from core.train.tier import (
 from core.train.watchdog import Watchdog
 
 _EXAMPLE_TOKENS = 256
+_PROBED_EXAMPLES = 4
 _NAMED_TOKENS = 10
 
 
@@ -247,17 +247,17 @@ def _measure_references(model: Any, rows: TrainingRows, spec: JobSpec, device: t
 
 def _enter_packed(training: Training, spec: JobSpec) -> None:
     """Switch to the packed tier after a few of the run's rows have gone through both. Raises PackingMismatch."""
-    # No more at once than a step of the plain tier holds: four long rows would not fit where one does.
-    examples = training.rows.step_rows(1)[: min(PROBED_EXAMPLES, spec.batch.rows_at_once)]
+    examples = training.rows.step_rows(1)[:_PROBED_EXAMPLES]
 
     def measured(layout: Layout) -> Probe:
         with training.adapters_uncast():
             return measure(training.model, examples, layout, loss=training.loss, device=training.device, compute=training.compute)
 
     with restored_on_failure(training.model):
-        plain = measured(Padded(1))
+        one_by_one = Padded(1)  # the plain tier keeps more of a token than any other, and must not decide the run's peak
+        plain = measured(one_by_one)
         with rounded_otherwise(training.model, training.device, training.base.compute_dtype):
-            again = measured(Padded(len(examples)))
+            again = measured(one_by_one)
         done = enter_packed(training.model, training.device, own_kernels=not spec.memory.compile)
         packed = measured(layout_of(spec, "packed"))
         said = assert_agreement(plain, again, packed, training.base.compute_dtype)

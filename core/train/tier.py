@@ -176,7 +176,7 @@ def rounded_otherwise(model: Any, device: torch.device, compute: ComputeDtype) -
 
 
 def assert_agreement(plain: Probe, again: Probe, packed: Probe, compute: ComputeDtype) -> str:
-    """The measured differences as a sentence. `again` is the plain tier `rounded_otherwise`, on other micro-batches.
+    """The measured differences as a sentence. `again` is the plain tier `rounded_otherwise`.
 
     Raises PackingMismatch.
     """

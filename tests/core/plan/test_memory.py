@@ -140,8 +140,8 @@ def test_both_sequences_of_a_pair_are_in_memory_at_once() -> None:
 
 def test_a_packed_run_is_first_compared_with_the_plain_tier() -> None:
     """The plain tier keeps more of a token, and no optimizer state stands yet: it decides where a step has few rows."""
-    few = memory(spec(batch=batch(4)), equal(100, 400))
-    off = memory(spec(batch=batch(4, packing="off")), equal(100, 400))
+    few = memory(spec(batch=batch(1)), equal(100, 400))
+    off = memory(spec(batch=batch(1, packing="off")), equal(100, 400))
     assert (few.optimizer_gib, off.optimizer_gib > 0) == (0, True)
     assert few.activations_gib == off.activations_gib
     many = memory(spec(batch=batch(16)), equal(100, 400))
