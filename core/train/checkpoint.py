@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from core.errors import ArtifactError
 from core.manifest import closed_folder, read_manifest
 from core.run import CHECKPOINT_KIND
+from core.spec import JobSpec, upgrade_spec
 from core.train.build import Training
 from core.train.device import random_state, set_random_state
 from core.train.optim import optimizer_state, restore_optimizer
@@ -28,13 +29,14 @@ BEST_FILE = "best.safetensors"
 STATE_FILE = "state.json"
 
 
-def write_checkpoint(training: Training, folder: Path, *, step: int, job_id: str, spec_digest: str) -> None:
+def write_checkpoint(training: Training, folder: Path, *, step: int, job_id: str, spec: JobSpec) -> None:
     """Close a checkpoint of the moment after `step` at `folder`."""
-    facts = {"job_id": job_id, "step": step, "spec": spec_digest, "rows": training.rows.fingerprint}
+    facts = {"job_id": job_id, "step": step, "rows": training.rows.fingerprint}
     tensors, numbers = optimizer_state(training.trainable(), training.optimizer)
     python_version, python_words, python_gauss = random.getstate()
     numpy_name, numpy_words, *numpy_rest = np.random.get_state(legacy=True)
     state = {
+        "spec": spec.model_dump(mode="json"),
         "optimizer": numbers,
         "python": [python_version, list(python_words), python_gauss],
         "numpy": [numpy_name, np.asarray(numpy_words).tolist(), *numpy_rest],
@@ -51,7 +53,7 @@ def write_checkpoint(training: Training, folder: Path, *, step: int, job_id: str
         (draft / STATE_FILE).write_text(json.dumps(state))
 
 
-def restore_checkpoint(training: Training, folder: Path, *, spec_digest: str) -> int:
+def restore_checkpoint(training: Training, folder: Path, *, spec: JobSpec) -> int:
     """Put a run back to where `folder` was written and return that step.
 
     Raises ArtifactError for a checkpoint of another spec, of other data, or of other parameters.
@@ -60,8 +62,12 @@ def restore_checkpoint(training: Training, folder: Path, *, spec_digest: str) ->
     facts = manifest["facts"]
     if manifest["kind"] != CHECKPOINT_KIND:
         raise ArtifactError(f"{folder.name}: holds a {manifest['kind']}, not a {CHECKPOINT_KIND}")
-    if facts["spec"] != spec_digest:
-        raise ArtifactError(f"{folder.name}: written for another spec ({facts['spec'][:12]}, not {spec_digest[:12]})")
+    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+    # As today's spec: a field that a later version adds makes no other job of it.
+    written = upgrade_spec(state["spec"])
+    if written != spec:
+        other = [name for name in JobSpec.model_fields if getattr(written, name) != getattr(spec, name)]
+        raise ArtifactError(f"{folder.name}: written for another spec: {', '.join(other)}")
     if facts["rows"] != training.rows.fingerprint:
         raise ArtifactError(f"{folder.name}: written over other rows; the datasets' tokens have changed since")
     weights = load_file(folder / WEIGHTS_FILE)
@@ -72,7 +78,6 @@ def restore_checkpoint(training: Training, folder: Path, *, spec_digest: str) ->
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
     inner = training.optimizer.optimizer  # accelerate's wrapper has no init_state
     restore_optimizer(training.trainable(), inner, load_file(folder / OPTIMIZER_FILE), state["optimizer"])
     if training.accelerator.scaler is not None:

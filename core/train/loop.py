@@ -4,7 +4,6 @@ It owns the order of things (evaluate, step, save) and the numbers a step report
 reader that stops listening stops the training.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -39,10 +38,9 @@ def train(run: RunInput, run_dir: Path, should_stop: Callable[[], bool]) -> Iter
     """
     yield PhaseChanged(phase=Phase.LOADING)
     training = build_training(run)
-    spec_digest = hashlib.sha256(run.spec.model_dump_json().encode()).hexdigest()
     done = 0
     if run.resume_from is not None:
-        done = restore_checkpoint(training, run.resume_from, spec_digest=spec_digest)
+        done = restore_checkpoint(training, run.resume_from, spec=run.spec)
     yield from training.warnings
     yield _started(training, run, first_step=done + 1)
 
@@ -62,7 +60,7 @@ def train(run: RunInput, run_dir: Path, should_stop: Callable[[], bool]) -> Iter
         while done < total and not selection.should_stop:
             if should_stop():
                 if checkpoints[-1] != done:
-                    yield _checkpoint(training, run, run_dir, step=done, spec_digest=spec_digest)
+                    yield _checkpoint(training, run, run_dir, step=done)
                 yield Ended(reason=Reason.DRAINED, message=f"stopped on request after step {done}", step=done)
                 return
 
@@ -102,7 +100,7 @@ def train(run: RunInput, run_dir: Path, should_stop: Callable[[], bool]) -> Iter
                     yield PhaseChanged(phase=Phase.TRAINING)
             every = run.spec.checkpoints.every_steps
             if every is not None and step % every == 0:
-                yield _checkpoint(training, run, run_dir, step=step, spec_digest=spec_digest)
+                yield _checkpoint(training, run, run_dir, step=step)
                 checkpoints.append(step)
 
         if training.rows.eval_count and (evaluation is None or evaluation.step != done):  # resumed after the last step
@@ -211,9 +209,9 @@ def _evaluation(training: Training, asked: Examination, step: int) -> Generator[
     return evaluation
 
 
-def _checkpoint(training: Training, run: RunInput, run_dir: Path, *, step: int, spec_digest: str) -> CheckpointWritten:
+def _checkpoint(training: Training, run: RunInput, run_dir: Path, *, step: int) -> CheckpointWritten:
     folder = f"checkpoints/step-{step}"
-    write_checkpoint(training, run_dir / folder, step=step, job_id=run.job_id, spec_digest=spec_digest)
+    write_checkpoint(training, run_dir / folder, step=step, job_id=run.job_id, spec=run.spec)
     return CheckpointWritten(step=step, folder=folder)
 
 

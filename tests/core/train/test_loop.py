@@ -1,5 +1,6 @@
 """The loop in this process: what it says, in which order, and that a resumed run goes on as if nothing had happened."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,16 @@ def test_a_checkpoint_of_another_spec_or_of_other_rows_is_refused(tiny: Path, ca
     other = write_cache(tmp_path / "other", random_rows(40, seed=1))
     with pytest.raises(ArtifactError, match="other rows"):
         train_here(run_input(tiny, other, spec, checkpoint), tmp_path / "three")
+
+
+def test_a_field_that_a_later_version_added_makes_no_other_job(tiny: Path, cache: Path, tmp_path: Path) -> None:
+    spec = spec_of(checkpoints={"every_steps": 3}, schedule={"max_steps": 5})
+    series = losses(train_here(run_input(tiny, cache, spec), tmp_path / "whole"))
+    folder = tmp_path / "whole" / "checkpoints" / "step-3"
+    state = json.loads((folder / "state.json").read_text())
+    del state["spec"]["memory"]["fused_layers"]
+    (folder / "state.json").write_text(json.dumps(state))
+    assert losses(train_here(run_input(tiny, cache, spec, folder), tmp_path / "resumed")) == series[3:]
 
 
 def test_a_step_is_the_same_in_one_micro_batch_or_eight(tiny: Path, cache: Path, tmp_path: Path) -> None:
