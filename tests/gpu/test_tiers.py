@@ -108,8 +108,10 @@ def test_every_family_packs_or_says_why_not(architecture: str, cache: Path, tmp_
         {"checkpointing": True, "checkpointing_every": 2},
         {"checkpointing": True, "checkpointing_offload": True},
         {"compile": True},
+        {"fused_layers": True},
+        {"fused_layers": True, "checkpointing": True},
     ],
-    ids=["checkpointing", "every-second", "offload", "compile"],
+    ids=["checkpointing", "every-second", "offload", "compile", "fused", "fused-checkpointing"],
 )
 def test_a_lever_of_memory_changes_no_loss(tiny: Path, cache: Path, tmp_path: Path, memory: dict[str, Any]) -> None:
     series = []
