@@ -1,0 +1,176 @@
+"""How fast the engine trains, tier by tier: `python -m benchmarks.train --cases llama2-7b/qlora/all/short --models DIR` on a GPU.
+
+A case is shape/method/targets/documents. Every tier of it is one training child as a worker starts it, so a step's time is what
+the job's own events say: from its rows to its weights. Short documents have some 130 tokens (log-normal), long ones some 2,048;
+the share that is prompt, and carries no loss, is uniform over 0.3 to 0.7. All documents of a step are in memory at once on the
+packed and fused tiers, and by nines on the plain one. Speed is the median over the steps after the fifth, of all real tokens;
+then the same tier trains one step's documents again and again, and the loss must fall.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.results import FOLDER, Results
+from benchmarks.shapes import made
+from core.catalog import Tier
+from core.events import ChildEvent
+from core.spec import JobSpec
+from tests.core.train.runs import Child, run_input, write_cache
+
+WARM_UP = 5
+TIMED = 30
+REPEATED = 12
+_PLAIN_ROWS = 9
+_LONGEST = {"short": 512, "long": 4096}
+Rows = list[tuple[list[int], list[int]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    """Documents of a step."""
+    must: float | None = None
+    aim: float | None = None
+    """Tokens a second on one H100 80GB, of the best tier."""
+    gib: float | None = None
+    """Most that may be allocated at once."""
+
+
+CASES = {
+    "tiny/lora/all/short": Case(18),
+    "llama-1.1b/lora/all/short": Case(126, 88_000, 100_000, 21),
+    "llama-1.1b/full/-/short": Case(126, 76_000, 90_000),
+    "llama2-7b/lora/all/short": Case(63, 18_800, 20_500, 40),
+    "llama2-7b/qlora/all/short": Case(63, 18_200, 20_000, 31),
+    "llama2-7b/qlora/all/short-ckpt": Case(63, 12_000, 13_500, 5.7),
+    "qwen3-8b/qlora/all/short": Case(63, 16_000, 17_500),
+    "llama-1.1b/lora/all/short-8docs": Case(8, 55_000, 80_000),
+    "llama2-7b/qlora/all/short-8docs": Case(8, 11_000, 14_000),
+    "llama-1.1b/lora/all/long": Case(8, 66_000, 80_000),
+    "llama2-7b/qlora/all/long": Case(4, 14_000, 16_000),
+}
+TIERS: tuple[Tier, ...] = ("plain", "packed", "fused")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--tiers", default=",".join(TIERS))
+    parser.add_argument("--models", type=Path, help="where model folders are made, or stand already")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
+    parser.add_argument("--commit", help="of the tree, where git can't say")
+    arguments = parser.parse_args()
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="strop-train-") as folder:
+        work = Path(folder)
+        for case in arguments.cases.split(","):
+            model = (arguments.models or work) / case.split("/")[0]
+            results = Results("train", made(case.split("/")[0], model), folder=arguments.out, commit=arguments.commit)
+            for tier in arguments.tiers.split(","):
+                failed += _measure(results, case, tier, model, work / case.replace("/", "-") / tier)
+    if failed:
+        sys.exit("; ".join(failed))
+
+
+def _measure(results: Results, name: str, tier: Tier, model: Path, folder: Path) -> list[str]:
+    """Add the rows of one tier; what went wrong, in words."""
+    case, length = CASES[name], name.split("/")[3].split("-")[0]
+    rows = documents(case.rows * (WARM_UP + TIMED), length)
+    events = _train(model, write_cache(folder / "tokens", rows), spec_of(name, tier, WARM_UP + TIMED), folder / "run")
+    steps = [event for event in events if event.kind == "step"]
+    started = [event for event in events if event.kind == "started"]
+    if len(steps) < WARM_UP + TIMED or started[0].tier != tier:
+        said = [getattr(event, "message", "") for event in events if event.kind in ("warning", "ended")]
+        return [f"{name} on {tier}: {started[0].tier_reason if started else 'not started'} {said}"]
+    print(json.dumps({"case": name, "tier": tier, "said": started[0].tier_reason}), flush=True)
+    problems = [f"{name} on {tier}: step {step.step} has no gradient" for step in steps if not step.grad_norm > 0]
+    timed = steps[WARM_UP:]
+    speeds = [step.tokens_per_second for step in timed]
+    quartiles = statistics.quantiles(speeds, n=4)
+    spread = (quartiles[2] - quartiles[0]) / 2
+    row, n = f"{name}/{tier}", len(speeds)
+    is_judged = tier == "fused"
+    results.add(
+        row,
+        "tokens_per_second",
+        statistics.median(speeds),
+        "tokens/s",
+        better="higher",
+        n=n,
+        spread=spread,
+        must=case.must if is_judged else None,
+        aim=case.aim if is_judged else None,
+    )
+    results.add(row, "tokens_per_step", statistics.mean(step.tokens for step in timed), "tokens", better="higher", n=n)
+    peaks = [step.peak_allocated_gib for step in steps if step.peak_allocated_gib is not None]
+    if peaks:
+        results.add(row, "peak_allocated_gib", max(peaks), "GiB", better="lower", must=case.gib if is_judged else None)
+    repeated = write_cache(folder / "repeated", documents(case.rows, length))
+    again = _train(model, repeated, spec_of(name, tier, REPEATED), folder / "again")
+    losses = [event.loss for event in again if event.kind == "step"]
+    results.add(row, "loss_fall_on_repeated_documents", losses[0] - losses[-1], "nats", better="higher", n=REPEATED)
+    if not losses[-1] < losses[0]:
+        problems.append(f"{name} on {tier}: the loss of repeated documents went from {losses[0]:.4f} to {losses[-1]:.4f}")
+    return problems
+
+
+def documents(count: int, length: str) -> Rows:
+    """(ids, mask), the same at every call."""
+    rng = np.random.default_rng(0)
+    mean, spread, least = (130, 0.6, 16) if length == "short" else (2048, 0.25, 1024)
+    lengths = np.clip(rng.lognormal(np.log(mean) - 0.5 * spread**2, spread, count), least, _LONGEST[length]).astype(int)
+    rows = []
+    for size in lengths.tolist():
+        prompt = max(1, int(size * rng.uniform(0.3, 0.7)))
+        rows.append((rng.integers(3, 500, size).tolist(), [0] * prompt + [1] * (size - prompt)))
+    return rows
+
+
+def spec_of(name: str, tier: Tier, steps: int) -> JobSpec:
+    _, method, _, how = name.split("/")
+    case, length = CASES[name], how.split("-")[0]
+    by = case.rows if tier != "plain" or case.rows < _PLAIN_ROWS else _PLAIN_ROWS
+    memory: dict[str, Any] = {"fused_layers": tier == "fused", "checkpointing": how.endswith("ckpt")}
+    return JobSpec.model_validate(
+        {
+            "base_model": "bench/model",
+            "data": {"datasets": [{"dataset_id": "ds_00000000"}], "max_length": min(_LONGEST[length], _context(name))},
+            "tuning": {"kind": "full"} if method == "full" else {"kind": "lora", "rank": 16, "alpha": 32.0, "dropout": 0.0},
+            "quantization": {"kind": "nf4" if method == "qlora" else "none"},
+            "optim": {"learning_rate": 2e-5 if method == "full" else 1e-3},
+            "batch": {
+                "micro_batch_size": by,
+                "gradient_accumulation_steps": case.rows // by,
+                "packing": "off" if tier == "plain" else "on",
+            },
+            "schedule": {"max_steps": steps, "epochs": float(steps)},
+            "memory": memory,
+            "checkpoints": {"every_steps": None},
+        }
+    )
+
+
+def _context(name: str) -> int:
+    return 512 if name.startswith("tiny") else 4096
+
+
+def _train(model: Path, cache: Path, spec: JobSpec, run_dir: Path) -> list[ChildEvent]:
+    """A child's events up to the result, which is no part of a step."""
+    run = run_input(model, cache, spec).model_copy(update={"device": "auto"})
+    child = Child(run, run_dir)
+    while (event := child.next_event()) is not None and not (event.kind == "phase" and event.phase == "saving"):
+        pass
+    child.close()
+    return child.events
+
+
+if __name__ == "__main__":
+    main()
