@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from core.eval.rows import IGNORED, MicroBatch
+from core.eval.rows import MicroBatch
 
 LOGITS_PER_CHUNK = 1 << 26
 """256 MiB in fp32."""
@@ -26,12 +26,9 @@ def trained_nats(model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Ten
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     packed = {} if batch.documents is None else batch.documents.attention_arguments()
     hidden = causal_lm.get_decoder()(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
-    targets = batch.labels[:, 1:]
-    place = (targets != IGNORED).flatten().nonzero().squeeze(1)
-    wanted = hidden[:, :-1].flatten(0, 1).index_select(0, place)
-    labels = targets.flatten().index_select(0, place)
-    nats = _head_nats(causal_lm.get_output_embeddings(), wanted, labels, causal_lm.config)
-    return nats, batch.sequence[:, 1:].flatten().index_select(0, place)
+    wanted = hidden.flatten(0, 1).index_select(0, batch.place)
+    nats = _head_nats(causal_lm.get_output_embeddings(), wanted, batch.labels, causal_lm.config)
+    return nats, batch.sequence
 
 
 def _head_nats(head: Any, hidden: torch.Tensor, labels: torch.Tensor, config: Any) -> torch.Tensor:

@@ -4,6 +4,9 @@ Padding is told by length, never by an id, so that an end-of-turn token that dou
 is on the right, where a causal model cannot see it from a real position: no attention mask is needed, and attention takes
 its fastest path. Packed rows have no padding at all: they lie end to end in one line, positions start anew with each, and
 the attention of `core.models.documents` keeps them apart.
+
+All that a pass has to know of its rows is worked out here, on the host: a GPU that were asked for it would have to finish its
+work first, in every micro-batch.
 """
 
 from collections.abc import Sequence
@@ -15,8 +18,6 @@ import torch
 
 Row = tuple[np.ndarray, np.ndarray]
 """(token ids int32 [T], loss mask uint8 [T]); a mask of 1 means the token at that place is predicted and trained on."""
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ class MicroBatch:
     """E examples of S sequences. Padded: B = S lines of T tokens, the longest's. Packed: B = 1 line of T = all tokens."""
 
     input_ids: torch.Tensor  # int64 [B, T]
-    labels: torch.Tensor  # int64 [B, T]; IGNORED where no loss is taken. labels[:, t] belongs to the prediction made at t - 1
-    sequence: torch.Tensor  # int64 [B, T]: the sequence a place belongs to, 0 .. S - 1
+    labels: torch.Tensor  # int64 [N]: the tokens that carry loss, from first to last
+    place: torch.Tensor  # int64 [N]: where each is predicted, the place before its own; counted over all lines, 0 .. B * T - 1
+    sequence: torch.Tensor  # int64 [N]: the sequence each stands in, 0 .. S - 1
+    counts: torch.Tensor  # int64 [S]: how many each sequence has
     examples: int
     sequences: int
     reference: torch.Tensor | None  # fp32 [S], as in Example
@@ -78,13 +81,13 @@ def collate_padded(examples: Sequence[Example], device: torch.device) -> MicroBa
     rows = [row for example in examples for row in example.sequences]
     longest = max(len(ids) for ids, _ in rows)
     input_ids = np.zeros((len(rows), longest), np.int64)
-    labels = np.full((len(rows), longest), IGNORED, np.int64)
+    trained = np.zeros((len(rows), longest), bool)
     for number, (ids, mask) in enumerate(rows):
         input_ids[number, : len(ids)] = ids
-        labels[number, : len(ids)] = np.where(mask != 0, ids, IGNORED)
-    labels[:, 0] = IGNORED
+        trained[number, : len(ids)] = mask != 0
+    trained[:, 0] = False
     sequence = np.repeat(np.arange(len(rows))[:, None], longest, axis=1)
-    return _batch(examples, input_ids, labels, sequence, None, device)
+    return _batch(examples, input_ids, trained, sequence, None, device)
 
 
 def collate_packed(examples: Sequence[Example], device: torch.device) -> MicroBatch:
@@ -92,16 +95,16 @@ def collate_packed(examples: Sequence[Example], device: torch.device) -> MicroBa
     lengths = [len(ids) for ids, _ in rows]
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     input_ids = np.concatenate([ids for ids, _ in rows]).astype(np.int64)
-    labels = np.where(np.concatenate([mask for _, mask in rows]) != 0, input_ids, IGNORED)
-    labels[bounds[:-1]] = IGNORED  # what the row before would have to predict
+    trained = np.concatenate([mask for _, mask in rows]) != 0
+    trained[bounds[:-1]] = False  # what the row before would have to predict
     positions = np.concatenate([np.arange(length) for length in lengths])
     documents = Documents(
-        position_ids=torch.from_numpy(positions[None]).to(device),
-        bounds=torch.from_numpy(bounds).to(device),
+        position_ids=_sent(positions[None], device),
+        bounds=_sent(bounds, device),
         longest=max(lengths),
     )
     sequence = np.repeat(np.arange(len(rows)), lengths)
-    return _batch(examples, input_ids[None], labels[None], sequence[None], documents, device)
+    return _batch(examples, input_ids[None], trained[None], sequence[None], documents, device)
 
 
 def trained_tokens(row: Row) -> int:
@@ -112,20 +115,31 @@ def trained_tokens(row: Row) -> int:
 def _batch(
     examples: Sequence[Example],
     input_ids: np.ndarray,
-    labels: np.ndarray,
+    trained: np.ndarray,
     sequence: np.ndarray,
     documents: Documents | None,
     device: torch.device,
 ) -> MicroBatch:
-    reference = [value for example in examples for value in example.reference]
+    reference = np.array([value for example in examples for value in example.reference], np.float32)
+    sequences = sum(len(example.sequences) for example in examples)
+    own_place = np.flatnonzero(trained)
+    stands_in = sequence.reshape(-1)[own_place]
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids).to(device),
-        labels=torch.from_numpy(labels).to(device),
-        sequence=torch.from_numpy(sequence).to(device),
+        input_ids=_sent(input_ids, device),
+        labels=_sent(input_ids.reshape(-1)[own_place], device),
+        place=_sent(own_place - 1, device),
+        sequence=_sent(stands_in, device),
+        counts=_sent(np.bincount(stands_in, minlength=sequences), device),
         examples=len(examples),
-        sequences=sum(len(example.sequences) for example in examples),
-        reference=torch.tensor(reference, dtype=torch.float32, device=device) if reference else None,
+        sequences=sequences,
+        reference=_sent(reference, device) if len(reference) else None,
         documents=documents,
         tokens=sum(example.tokens for example in examples),
-        trained_tokens=int(np.count_nonzero(labels != IGNORED)),
+        trained_tokens=len(own_place),
     )
+
+
+def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    # Out of pageable memory a copy waits for all that the GPU has to do before it.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -96,7 +96,7 @@ def _by_sequence(model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Ten
     """(summed nats fp32 [S], trained tokens int64 [S])."""
     nats, sequence = trained_nats(model, batch)
     sums = nats.new_zeros(batch.sequences).index_add(0, sequence, nats)
-    return sums, torch.bincount(sequence, minlength=batch.sequences)
+    return sums, batch.counts
 
 
 def _pairs(losses: torch.Tensor, margin: torch.Tensor) -> ExampleLosses:

@@ -141,22 +141,21 @@ def test_fp16_scales_its_gradients_and_learns(tiny: Path, cache: Path, tmp_path:
     assert losses(fp16) == pytest.approx(losses(bf16), abs=5e-2)
 
 
-def test_trap_5_a_packed_decoder_never_waits_for_the_gpu(tiny: Path, cache: Path) -> None:
+def test_trap_5_no_micro_batch_waits_for_the_gpu(tiny: Path, cache: Path) -> None:
     training = build_training(on_gpu(tiny, cache, spec_of(memory=BF16)))
     assert training.choice.tier == "packed"
-    batch = training.layout.collate(training.rows.step_rows(1), training.device)
-    assert batch.documents is not None
-    decoder = training.model.get_base_model().get_decoder()
+    examples = training.rows.step_rows(1)
     assert training.model.get_base_model().config._attn_implementation == DOCUMENTS
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with training.adapters_uncast():
+            batch = training.layout.collate(examples, training.device)
             with training.compute():
-                said = decoder(input_ids=batch.input_ids, use_cache=False, **batch.documents.attention_arguments())
-            said.last_hidden_state.sum().backward()
+                sums = training.loss(training.model, batch).sums
+            sums.sum().backward()
         with pytest.raises(RuntimeError, match="synchronizing"):
-            said.last_hidden_state.sum().item()
+            sums.sum().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert any(p.grad is not None and bool(p.grad.any()) for _, p in training.trainable())

@@ -13,7 +13,7 @@ from core.eval import nats
 from core.eval.evaluate import evaluate
 from core.eval.layout import Layout, Packed, Padded
 from core.eval.nats import trained_nats
-from core.eval.rows import IGNORED, Example, Row, collate_packed, collate_padded
+from core.eval.rows import Example, Row, collate_packed, collate_padded
 from core.models.documents import DOCUMENTS
 from core.spec import DpoObjective, OrpoObjective, SftObjective
 from core.train.losses import LOSSES, _log1mexp, token_loss
@@ -152,9 +152,12 @@ def test_trap_1_labels_are_the_renderers_prompt_and_padding_carry_none() -> None
     end = 2
     examples = as_examples([([5, 6, 7, end], [0, 0, 1, 1]), ([5, 6, 7, 8, 9, end], [1, 0, 0, 1, 1, 1])])
     padded, packed = collate_padded(examples, CPU), collate_packed(examples, CPU)
-    first, second = [IGNORED, IGNORED, 7, end], [IGNORED, IGNORED, IGNORED, 8, 9, end]
-    assert padded.labels.tolist() == [[*first, IGNORED, IGNORED], second]
-    assert packed.labels.tolist() == [[*first, *second]]
+    for batch in (padded, packed):
+        assert batch.labels.tolist() == [7, end, 8, 9, end], "the first token of a row is never one"
+        assert batch.sequence.tolist() == [0, 0, 1, 1, 1]
+        assert batch.counts.tolist() == [2, 3]
+    assert padded.place.tolist() == [1, 2, 6 + 2, 6 + 3, 6 + 4], "the place before a token's own"
+    assert packed.place.tolist() == [1, 2, 4 + 2, 4 + 3, 4 + 4]
     assert packed.documents is not None
     assert packed.documents.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]
     assert packed.documents.bounds.tolist() == [0, 4, 10]
@@ -164,7 +167,7 @@ def test_trap_1_labels_are_the_renderers_prompt_and_padding_carry_none() -> None
 
 def test_trap_2_the_padding_id_may_be_a_trained_one() -> None:
     batch = collate_padded(as_examples([([5, 0], [0, 1]), ([5, 6, 0], [0, 1, 1])]), CPU)
-    assert batch.labels.tolist() == [[IGNORED, 0, IGNORED], [IGNORED, 6, 0]]
+    assert (batch.labels.tolist(), batch.place.tolist()) == ([0, 6, 0], [0, 3, 4])
 
 
 def pairs_of(examples: list[Example], reference: float = -20.0) -> list[Example]:
