@@ -114,7 +114,7 @@ class PackingMismatch(Exception):
 
 @dataclass(frozen=True)
 class Probe:
-    """What is compared: loss per term, and the gradient of every trainable parameter, of a few rows in eval mode."""
+    """What is compared: loss per term, and the gradient of every trainable parameter, of a few rows, without dropout."""
 
     loss: float
     gradients: dict[str, torch.Tensor]  # fp32, in the host's memory: three of them must not decide a run's peak
@@ -129,9 +129,13 @@ def measure(
     device: torch.device,
     compute: Callable[[], AbstractContextManager[Any]],
 ) -> Probe:
-    """One forward and backward pass without dropout. Leaves mode and gradients as it found them (none)."""
-    was_training = model.training
-    model.eval()
+    """One forward and backward pass of a model in training, without dropout. Leaves modes and gradients as it found them (none).
+
+    Dropout alone is switched off: in eval mode layers are not recomputed, and a model that fits only if they are would not fit.
+    """
+    drops = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
+    for module in drops:
+        module.eval()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total, terms = 0.0, 0
     for micro_batch in layout.split(examples):
@@ -145,7 +149,8 @@ def measure(
     }
     for parameter in parameters.values():
         parameter.grad = None
-    model.train(was_training)
+    for module in drops:
+        module.train()
     return Probe(total / terms, gradients)
 
 

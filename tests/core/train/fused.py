@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,16 +150,22 @@ class Flash(torch.autograd.Function):
         return tuple(torch.zeros_like(part) for part in ctx.saved_tensors[:3])
 
 
+@dataclass(eq=False)
+class _Held:
+    tensor: torch.Tensor
+
+
 def kept(model: Any, tokens: int, precision: ComputeDtype | None = None) -> int:
     """Bytes that the decoder keeps for its backward pass over one row, weights apart. None is the precision of its weights."""
-    seen: dict[int, int] = {}
+    alive: weakref.WeakSet[_Held] = (
+        weakref.WeakSet()
+    )  # a detached branch saves, and drops again
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: torch.Tensor) -> _Held:
+        held = _Held(tensor)
+        alive.add(held)
+        return held
 
     row = (np.full(tokens, 7, np.int32), np.ones(tokens, np.uint8))
     batch = collate_packed([Example((row,))], CPU)
@@ -166,7 +173,9 @@ def kept(model: Any, tokens: int, precision: ComputeDtype | None = None) -> int:
     if precision is None:
         precision = "fp32" if model.dtype == torch.float32 else "bf16"
     decoder = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_decoder()
-    with as_in_training(model, precision), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with as_in_training(model, precision), torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
         hidden = decoder(input_ids=batch.input_ids, use_cache=False, **batch.documents.attention_arguments())
+    storages = [held.tensor.untyped_storage() for held in alive]
+    seen = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in weights}
     del hidden
     return sum(seen.values())

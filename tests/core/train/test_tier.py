@@ -11,7 +11,7 @@ import torch
 from core.errors import BadSpec, CudaOutOfMemory
 from core.eval.layout import Padded
 from core.models import documents
-from core.train import build, tier
+from core.train import build, loop, tier
 from core.train.build import Training
 from core.train.loop import train
 from tests.core.train.runs import losses, run_input, spec_of, train_here
@@ -132,20 +132,60 @@ def test_a_noisy_model_is_allowed_its_noise_and_no_more(noise: float, apart: flo
             tier.assert_agreement(plain, again, packed, "bf16")
 
 
+def test_the_probe_recomputes_layers_as_a_step_does_and_drops_nothing(tiny: Path, cache: Path) -> None:
+    tuning = {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.5}
+
+    def kept_and_found(checkpointing: bool) -> tuple[int, torch.Tensor]:
+        memory = {"precision": "fp32", "checkpointing": checkpointing}
+        training = build.build_training(run_input(tiny, cache, spec_of(tuning=tuning, memory=memory, **packing("off"))))
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        examples = training.rows.step_rows(1)[:2]
+        found = []
+        for _ in range(2):
+            sizes.clear()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                probe = tier.measure(
+                    training.model, examples, Padded(1), loss=training.loss, device=training.device, compute=training.compute
+                )
+            found.append(torch.cat([g.flatten() for g in probe.gradients.values()]))
+        assert torch.equal(*found), "no chance is in it"
+        assert training.model.training
+        assert all(module.training for module in training.model.modules())
+        return sum(sizes), found[0]
+
+    (kept, whole), (less, recomputed) = kept_and_found(False), kept_and_found(True)
+    assert torch.equal(whole, recomputed)
+    assert less < 0.8 * kept
+
+
 def out_of_memory_in(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> list[str]:
     """Let the n-th training pass over a micro-batch run out of memory where `fails(n)`; returns the layouts as they are tried."""
     tried: list[str] = []
-    loss = Training.loss
+    steps: list[int] = []  # not empty while a step is computed: the probe and evaluations don't count
+    loss, accumulate = Training.loss, loop._accumulate
 
     def guarded(self: Training, model: Any, batch: Any) -> Any:
         found = loss(self, model, batch)
-        if torch.is_grad_enabled() and model.training:
+        if steps:
             tried.append(str(self.layout))
             if fails(len(tried)):
                 raise torch.OutOfMemoryError("injected")
         return found
 
+    def accumulating(*arguments: Any) -> Any:
+        steps.append(1)
+        try:
+            return accumulate(*arguments)
+        finally:
+            steps.pop()
+
     monkeypatch.setattr(build.Training, "loss", guarded)
+    monkeypatch.setattr(loop, "_accumulate", accumulating)
     return tried
 
 
