@@ -272,6 +272,8 @@ def _enter_fused(training: Training, measured: Callable[[], Probe], plain: Probe
         done = install_fused(training.model, compiled() if training.device.type == "cuda" else PLAIN)
     except ValueError as error:
         raise BadSpec(f"memory.fused_layers: {error}") from error
+    if training.device.type == "cuda":
+        torch.cuda.empty_cache()  # what was joined lay in pieces too small for what comes
     try:
         said = assert_agreement(plain, again, measured(), training.base.compute_dtype)
     except PackingMismatch as mismatch:

@@ -19,6 +19,7 @@ from core.models.load import DTYPES
 from core.models.merge import fold_trained
 from core.run import RunInput
 from core.train.build import Training
+from core.train.fused.install import uninstall_fused
 from core.train.parity import measure_full, measure_lora, probe_sequences
 from core.train.tier import plain_attention
 
@@ -41,6 +42,8 @@ def write_result(training: Training, run: RunInput, folder: Path, *, step: int, 
         eval_loss=eval_loss,
     )
     training.drop_optimizer()
+    if training.choice.tier == "fused":
+        uninstall_fused(training.model)  # weights that are cast or folded would leave the joined matrices standing beside them
     examples = training.rows.eval_rows or [training.rows.first_row()]
     sequences = probe_sequences([example.sequences[0] for example in examples])
     with plain_attention(training.model), closed_folder(folder, ADAPTER_KIND, facts.model_dump(mode="json")) as draft:

@@ -157,9 +157,7 @@ class _Held:
 
 def kept(model: Any, tokens: int, precision: ComputeDtype | None = None) -> int:
     """Bytes that the decoder keeps for its backward pass over one row, weights apart. None is the precision of its weights."""
-    alive: weakref.WeakSet[_Held] = (
-        weakref.WeakSet()
-    )  # a detached branch saves, and drops again
+    alive: weakref.WeakSet[_Held] = weakref.WeakSet()  # a detached branch saves, and drops again
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> _Held:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from core.errors import BadSpec
 from core.events import Started
 from core.plan import check_spec
+from core.train import result
 from core.train.build import build_training
 from core.train.fused.elementwise import Elementwise, gated
 from core.train.fused.install import fused_layer
@@ -60,6 +61,22 @@ def test_fused_layers_that_compute_something_else_are_taken_out(
     assert losses(events) == pytest.approx(losses(packed), abs=1e-6)
     training = build_training(run_input(tiny, cache, spec_of(memory=FUSED)))
     assert all(fused_layer(layer) is None for layer in training.model.get_base_model().get_decoder().layers)
+
+
+def test_the_result_is_written_by_the_layers_own_weights(
+    tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Any] = []
+    save = result.save_full
+
+    def saving(model: Any, *arguments: Any) -> None:
+        written.extend(fused_layer(layer) for layer in model.get_decoder().layers)
+        save(model, *arguments)
+
+    monkeypatch.setattr(result, "save_full", saving)
+    spec = spec_of(tuning={"kind": "full"}, optim={"learning_rate": 1e-3}, memory=FUSED, schedule={"max_steps": 2})
+    assert started(train_here(run_input(tiny, cache, spec), tmp_path / "run")).tier == "fused"
+    assert written == [None, None]
 
 
 @pytest.mark.parametrize(
