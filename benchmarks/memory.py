@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.children import Rows, rows_of, said, short_lengths, train
 from benchmarks.results import FOLDER, Results
 from benchmarks.shapes import SHAPES, made
 from core.model_folder import read_model_facts
 from core.plan import plan
 from core.spec import JobSpec
-from tests.core.train.runs import Child, run_input, write_cache
+from tests.core.train.runs import write_cache
 
 QV: dict[str, Any] = {"kind": "lora", "rank": 8, "alpha": 32.0, "target_modules": ["q_proj", "v_proj"]}
 ALL: dict[str, Any] = {"kind": "lora", "rank": 16, "alpha": 32.0}
@@ -107,36 +108,17 @@ def spec_of_case(case: str) -> JobSpec:
     return JobSpec.model_validate(fields | CASES[case])
 
 
-def _rows(count: int) -> list[tuple[list[int], list[int]]]:
+def _rows(count: int) -> Rows:
     rng = np.random.default_rng(0)
-    rows = []
-    for length in np.clip(rng.lognormal(np.log(130) - 0.5 * 0.6**2, 0.6, count), 16, 512).astype(int):
-        ids = rng.integers(3, 500, length).tolist()
-        answer = int(length * rng.uniform(0.3, 0.7))
-        rows.append((ids, [0] * (length - answer) + [1] * answer))
-    return rows
+    return rows_of(rng, short_lengths(rng, count, 512))
 
 
 def _run(results: Results, name: str, model: Path, cache: Path, spec: JobSpec, run_dir: Path) -> None:
-    run = run_input(model, cache, spec).model_copy(update={"device": "auto"})
-    child = Child(run, run_dir)
-    steps: list[Any] = []
-    told: list[str] = []
-    while (event := child.next_event()) is not None:
-        if event.kind == "step":
-            steps.append(event)
-        elif event.kind == "warning":
-            told.append(f"{event.code}: {event.message}")
-        elif event.kind == "started":
-            told.append(f"{event.tier}: {event.tier_reason}")
-        elif event.kind == "phase" and event.phase == "saving":
-            break  # what is written afterwards is no part of a step
-        elif event.kind == "ended":
-            told.append(f"{event.reason}: {event.message}")
-    child.close()
-    print(json.dumps({"case": name, "said": told, "losses": [round(step.loss, 3) for step in steps]}), flush=True)
+    events, log = train(model, cache, spec, run_dir)
+    steps = [event for event in events if event.kind == "step"]
+    print(json.dumps({"case": name, "said": said(events), "losses": [round(step.loss, 3) for step in steps]}), flush=True)
     if len(steps) < _STEPS:
-        print(f"{name}: ended after {len(steps)} steps\n{child.log.read_text()[-2000:]}", flush=True)
+        print(f"{name}: ended after {len(steps)} steps\n{log[-2000:]}", flush=True)
         return
     speeds = [step.tokens_per_second for step in steps[4:]]
     quartiles = statistics.quantiles(speeds, n=4)

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from scipy.optimize import least_squares
 
+from benchmarks.children import Rows, rows_of, said, short_lengths, train
 from benchmarks.results import FOLDER, Results
 from benchmarks.shapes import SHAPES, config_of, made
 from core.model_folder import read_model_facts
@@ -27,12 +29,11 @@ from core.plan.time import step_seconds
 from core.plan.work import Work, work_of
 from core.records import TokenCounts
 from core.spec import JobSpec
-from tests.core.train.runs import Child, run_input, write_cache
+from tests.core.train.runs import write_cache
 
 STEPS = 6
 _FIRST_TIMED = 3
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-Rows = list[tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,8 @@ class Case:
         """As many as the steps take, the same at every call."""
         rng = np.random.default_rng([self.length, self.rows, self.times])
         count = STEPS * self.rows * self.times
-        if self.short:
-            lengths = np.clip(rng.lognormal(np.log(130) - 0.5 * 0.6**2, 0.6, count), 16, self.length).astype(int)
-        else:
-            lengths = rng.integers(self.length // 2, self.length + 1, count)
-        rows = []
-        for length in lengths.tolist():
-            answer = int(length * rng.uniform(0.3, 0.7))
-            rows.append((rng.integers(3, 500, length).tolist(), [0] * (length - answer) + [1] * answer))
-        return rows
+        lengths = short_lengths(rng, count, self.length) if self.short else rng.integers(self.length // 2, self.length + 1, count)
+        return rows_of(rng, lengths)
 
 
 _SMALL, _LARGE, _OTHER = "llama-1.1b", "llama2-7b", "qwen3-8b"
@@ -258,28 +252,20 @@ def fit(measured: list[Measured]) -> None:
 
 
 def nearest(start: Coefficients, names: list[str], errors: Callable[[Coefficients], list[float]]) -> Coefficients:
-    """Least squares by Levenberg's and Marquardt's steps in the logarithms of the named coefficients, which stay positive.
+    """Least squares over the logarithms of the named coefficients, which stay positive.
 
     An error is predicted over measured, less one. Too little counts twice: a job that does not fit is worse than room left.
     """
+    origin = np.log([getattr(start, name) for name in names])
+
+    def changed(logarithms: np.ndarray) -> Coefficients:
+        return replace(start, **dict(zip(names, np.exp(logarithms).tolist(), strict=True)))
 
     def residuals(logarithms: np.ndarray) -> np.ndarray:
-        found = np.array(errors(replace(start, **dict(zip(names, np.exp(logarithms).tolist(), strict=True)))))
+        found = np.array(errors(changed(logarithms)))
         return np.concatenate([np.where(found < 0, 2 * found, found), 0.02 * (logarithms - origin)])  # unseen ones stay
 
-    origin = np.log([getattr(start, name) for name in names])
-    at, damping = origin.copy(), 1.0
-    value = residuals(at)
-    for _ in range(200):
-        slope = np.stack([(residuals(at + 1e-5 * unit) - value) / 1e-5 for unit in np.eye(len(names))], axis=1)
-        square = slope.T @ slope
-        step = np.linalg.solve(square + damping * np.eye(len(names)) * (1e-3 + square.max()) * 1e-2, -slope.T @ value)
-        tried = residuals(at + np.clip(step, -1, 1))
-        if tried @ tried < value @ value:
-            at, value, damping = at + np.clip(step, -1, 1), tried, damping / 3
-        else:
-            damping *= 4
-    return replace(start, **dict(zip(names, np.exp(at).tolist(), strict=True)))
+    return changed(least_squares(residuals, origin).x)
 
 
 def show_table(name: str, measured: list[Measured]) -> None:
@@ -324,24 +310,13 @@ def _summary(what: str, errors: list[float]) -> str:
 def _run(results: Results, case: Case, model: Path, device: str, folder: Path) -> None:
     work = planned_work(case, model)
     cache = write_cache(folder / "cache", case.made_rows())
-    child = Child(run_input(model, cache, case.spec()).model_copy(update={"device": "auto"}), folder / "run")
-    steps: list[Any] = []
-    tier, said = None, []
-    while (event := child.next_event()) is not None:
-        if event.kind == "step":
-            steps.append(event)
-        elif event.kind == "started":
-            tier = event.tier
-            said.append(event.tier_reason)
-        elif event.kind in ("warning", "ended"):
-            said.append(event.message)
-        elif event.kind == "phase" and event.phase == "saving":
-            break  # what is written afterwards is no part of a step
-    child.close()
-    print(json.dumps({"case": case.name, "planned": work.tier, "tier": tier, "said": said}), flush=True)
+    events, log = train(model, cache, case.spec(), folder / "run")
+    steps = [event for event in events if event.kind == "step"]
+    print(json.dumps({"case": case.name, "planned": work.tier, "said": said(events)}), flush=True)
     if len(steps) < STEPS:
-        print(f"{case.name}: ended after {len(steps)} steps\n{child.log.read_text()[-2000:]}", flush=True)
+        print(f"{case.name}: ended after {len(steps)} steps\n{log[-2000:]}", flush=True)
         return
+    tier = next(event.tier for event in events if event.kind == "started")
     results.add(case.name, "tier_as_planned", float(tier == work.tier), "", better="higher")
     results.add(case.name, "planned_gib", estimate_memory(work).total_gib, "GiB", better="lower")
     times = [step.step_seconds for step in steps[_FIRST_TIMED - 1 :]]

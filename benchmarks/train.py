@@ -18,19 +18,18 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.children import Rows, rows_of, said, short_lengths, train
 from benchmarks.results import FOLDER, Results
 from benchmarks.shapes import made
 from core.catalog import Tier
-from core.events import ChildEvent
 from core.spec import JobSpec
-from tests.core.train.runs import Child, run_input, write_cache
+from tests.core.train.runs import write_cache
 
 WARM_UP = 5
 TIMED = 30
 REPEATED = 12
 _PLAIN_ROWS = 9
 _LONGEST = {"short": 512, "long": 4096}
-Rows = list[tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,12 @@ def _measure(results: Results, name: str, tier: Tier, model: Path, folder: Path)
     """Add the rows of one tier; what went wrong, in words."""
     case, length = CASES[name], name.split("/")[3].split("-")[0]
     rows = documents(case.rows * (WARM_UP + TIMED), length)
-    events = _train(model, write_cache(folder / "tokens", rows), spec_of(name, tier, WARM_UP + TIMED), folder / "run")
+    events, log = train(model, write_cache(folder / "tokens", rows), spec_of(name, tier, WARM_UP + TIMED), folder / "run")
     steps = [event for event in events if event.kind == "step"]
     started = [event for event in events if event.kind == "started"]
     if len(steps) < WARM_UP + TIMED or started[0].tier != tier:
-        said = [getattr(event, "message", "") for event in events if event.kind in ("warning", "ended")]
-        return [f"{name} on {tier}: {started[0].tier_reason if started else 'not started'} {said}"]
-    print(json.dumps({"case": name, "tier": tier, "said": started[0].tier_reason}), flush=True)
+        return [f"{name} on {tier}: {'; '.join(said(events))}\n{log[-2000:]}"]
+    print(json.dumps({"case": name, "tier": tier, "said": said(events)}), flush=True)
     problems = [f"{name} on {tier}: step {step.step} has no gradient" for step in steps if not step.grad_norm > 0]
     timed = steps[WARM_UP:]
     speeds = [step.tokens_per_second for step in timed]
@@ -114,7 +112,7 @@ def _measure(results: Results, name: str, tier: Tier, model: Path, folder: Path)
     if peaks:
         results.add(row, "peak_allocated_gib", max(peaks), "GiB", better="lower", must=case.gib if is_judged else None)
     repeated = write_cache(folder / "repeated", documents(case.rows, length))
-    again = _train(model, repeated, spec_of(name, tier, REPEATED), folder / "again")
+    again, _ = train(model, repeated, spec_of(name, tier, REPEATED), folder / "again")
     losses = [event.loss for event in again if event.kind == "step"]
     results.add(row, "loss_fall_on_repeated_documents", losses[0] - losses[-1], "nats", better="higher", n=REPEATED)
     if not losses[-1] < losses[0]:
@@ -125,13 +123,10 @@ def _measure(results: Results, name: str, tier: Tier, model: Path, folder: Path)
 def documents(count: int, length: str) -> Rows:
     """(ids, mask), the same at every call."""
     rng = np.random.default_rng(0)
-    mean, spread, least = (130, 0.6, 16) if length == "short" else (2048, 0.25, 1024)
-    lengths = np.clip(rng.lognormal(np.log(mean) - 0.5 * spread**2, spread, count), least, _LONGEST[length]).astype(int)
-    rows = []
-    for size in lengths.tolist():
-        prompt = max(1, int(size * rng.uniform(0.3, 0.7)))
-        rows.append((rng.integers(3, 500, size).tolist(), [0] * prompt + [1] * (size - prompt)))
-    return rows
+    if length == "short":
+        return rows_of(rng, short_lengths(rng, count, _LONGEST["short"]))
+    lengths = rng.lognormal(np.log(2048) - 0.5 * 0.25**2, 0.25, count)
+    return rows_of(rng, np.clip(lengths, 1024, _LONGEST["long"]).astype(int))
 
 
 def spec_of(name: str, tier: Tier, steps: int) -> JobSpec:
@@ -160,16 +155,6 @@ def spec_of(name: str, tier: Tier, steps: int) -> JobSpec:
 
 def _context(name: str) -> int:
     return 512 if name.startswith("tiny") else 4096
-
-
-def _train(model: Path, cache: Path, spec: JobSpec, run_dir: Path) -> list[ChildEvent]:
-    """A child's events up to the result, which is no part of a step."""
-    run = run_input(model, cache, spec).model_copy(update={"device": "auto"})
-    child = Child(run, run_dir)
-    while (event := child.next_event()) is not None and not (event.kind == "phase" and event.phase == "saving"):
-        pass
-    child.close()
-    return child.events
 
 
 if __name__ == "__main__":

@@ -258,9 +258,9 @@ def _enter_packed(training: Training, spec: JobSpec) -> None:
         plain = measured(one_by_one)
         with rounded_otherwise(training.model, training.device, training.base.compute_dtype):
             again = measured(one_by_one)
-        done = enter_packed(training.model, training.device, own_kernels=not spec.memory.compile)
+        done = enter_packed(training.model, training.device, with_liger=not spec.memory.compile)
         packed = measured(layout_of(spec, "packed"))
-        said = assert_agreement(plain, again, packed, training.base.compute_dtype)
+        said = assert_agreement(plain, again, packed, "packed", training.base.compute_dtype)
     training.choice = Choice("packed", f"{done}; on the first rows {said}")
     if spec.memory.fused_layers:
         _enter_fused(training, lambda: measured(layout_of(spec, "fused")), plain, again)
@@ -275,7 +275,7 @@ def _enter_fused(training: Training, measured: Callable[[], Probe], plain: Probe
     if training.device.type == "cuda":
         torch.cuda.empty_cache()  # what was joined lay in pieces too small for what comes
     try:
-        said = assert_agreement(plain, again, measured(), training.base.compute_dtype)
+        said = assert_agreement(plain, again, measured(), "fused", training.base.compute_dtype)
     except PackingMismatch as mismatch:
         uninstall_fused(training.model)
         message = f"the fused layers disagreed with the plain tier, the packed one takes their place: {mismatch}"

@@ -63,14 +63,14 @@ def layout_of(spec: JobSpec, tier: Tier) -> Layout:
     return Packed(spec.batch.rows_at_once * spec.data.max_length)
 
 
-def enter_packed(model: Any, device: torch.device, *, own_kernels: bool = True) -> str:
+def enter_packed(model: Any, device: torch.device, *, with_liger: bool = True) -> str:
     """Switch a model to packed attention and, on a GPU, to liger's kernels for its family. Returns what was done.
 
-    `own_kernels` false leaves liger out: a compiler makes kernels of its own, and can't read liger's norms.
+    `with_liger` is false where a compiler makes the kernels: it can't read liger's norms.
     """
     causal_lm = _causal_lm(model)
     causal_lm.set_attn_implementation(DOCUMENTS)
-    if device.type != "cuda" or not own_kernels or importlib.util.find_spec("liger_kernel") is None:
+    if device.type != "cuda" or not with_liger or importlib.util.find_spec("liger_kernel") is None:
         return "packed attention"
     monkey_patch = importlib.import_module("liger_kernel.transformers.monkey_patch")
     if causal_lm.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
@@ -180,15 +180,15 @@ def rounded_otherwise(model: Any, device: torch.device, compute: ComputeDtype) -
             hook.remove()
 
 
-def assert_agreement(plain: Probe, again: Probe, packed: Probe, compute: ComputeDtype) -> str:
-    """The measured differences as a sentence. `again` is the plain tier `rounded_otherwise`.
+def assert_agreement(plain: Probe, again: Probe, other: Probe, tier: Tier, compute: ComputeDtype) -> str:
+    """The measured differences as a sentence. `again` is the plain tier `rounded_otherwise`, `other` a pass on `tier`.
 
     Raises PackingMismatch.
     """
-    missing = plain.gradients.keys() ^ packed.gradients.keys()
-    loss, gradient = _apart(plain, packed)
+    missing = plain.gradients.keys() ^ other.gradients.keys()
+    loss, gradient = _apart(plain, other)
     _, noise = _apart(plain, again)
-    said = f"loss {plain.loss:.5f} plain, {packed.loss:.5f} packed; gradients {gradient:.1e} apart (rounding: {noise:.1e})"
+    said = f"loss {plain.loss:.5f} plain, {other.loss:.5f} {tier}; gradients {gradient:.1e} apart (rounding: {noise:.1e})"
     allowed = max(_GRADIENT_TOLERANCE[compute], min(_NOISE * noise, _GRADIENT_AT_MOST))
     if missing or not (loss <= _LOSS_TOLERANCE[compute] and gradient <= allowed):
         raise PackingMismatch(said + (f"; {len(missing)} parameters have a gradient in one tier only" if missing else ""))

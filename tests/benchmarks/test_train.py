@@ -19,7 +19,7 @@ def test_documents_are_as_described(length: str, mean: int, longest: int) -> Non
     assert sizes.max() <= longest
     trained = [sum(mask) / len(mask) for _, mask in rows]
     assert np.mean(trained) == pytest.approx(0.5, abs=0.02)
-    assert min(trained) > 0.29
+    assert min(trained) >= 0.25, "0.3, cut to whole tokens of a row of 16"
     assert rows == documents(2000, length)
 
 
@@ -53,6 +53,6 @@ def test_a_tier_is_measured_in_a_child_of_its_own(monkeypatch: pytest.MonkeyPatc
 def test_a_run_on_another_tier_gives_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = train.spec_of
     monkeypatch.setattr(train, "spec_of", lambda name, _, steps: given(name, "plain", steps))
-    with pytest.raises(SystemExit, match=r"on fused: batch\.packing is off"):
+    with pytest.raises(SystemExit, match=r"on fused: plain: batch\.packing is off"):
         run(monkeypatch, tmp_path, "--tiers", "fused")
     assert list(tmp_path.glob("*.json")) == []

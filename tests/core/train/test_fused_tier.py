@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from core.catalog import FAMILIES as CATALOGUE
 from core.errors import BadSpec
 from core.events import Started
 from core.plan import check_spec
@@ -13,6 +14,7 @@ from core.train import result
 from core.train.build import build_training
 from core.train.fused.elementwise import Elementwise, gated
 from core.train.fused.install import fused_layer
+from core.train.fused.layer import FAMILIES
 from tests.core.train.runs import losses, run_input, spec_of, train_here
 from tests.tiny import build_tiny_model
 
@@ -61,6 +63,10 @@ def test_fused_layers_that_compute_something_else_are_taken_out(
     assert losses(events) == pytest.approx(losses(packed), abs=1e-6)
     training = build_training(run_input(tiny, cache, spec_of(memory=FUSED)))
     assert all(fused_layer(layer) is None for layer in training.model.get_base_model().get_decoder().layers)
+
+
+def test_the_catalogue_names_the_families_that_have_fused_layers() -> None:
+    assert {family.name for family in CATALOGUE.values() if family.fused} == set(FAMILIES)
 
 
 def test_the_result_is_written_by_the_layers_own_weights(

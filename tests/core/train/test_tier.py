@@ -126,10 +126,10 @@ def test_noise_is_what_rounding_does_and_leaves_nothing_behind(tiny: Path, cache
 def test_a_noisy_model_is_allowed_its_noise_and_no_more(noise: float, apart: float, agrees: bool) -> None:
     plain, again, packed = (tier.Probe(2.0, {"w": torch.tensor([1.0, off])}) for off in (0.0, noise, apart))
     if agrees:
-        tier.assert_agreement(plain, again, packed, "bf16")
+        tier.assert_agreement(plain, again, packed, "packed", "bf16")
     else:
         with pytest.raises(tier.PackingMismatch, match=f"rounding: {noise:.1e}"):
-            tier.assert_agreement(plain, again, packed, "bf16")
+            tier.assert_agreement(plain, again, packed, "packed", "bf16")
 
 
 def test_the_probe_recomputes_layers_as_a_step_does_and_drops_nothing(tiny: Path, cache: Path) -> None:
