@@ -79,12 +79,17 @@ class Results:
 
 def _asked() -> list[str]:
     """The arguments that decide what is measured: where its file goes is not one, nor where on a machine its inputs lie."""
-    asked = [Path(argument).name if "/" in argument else argument for argument in sys.argv[1:]]
+    asked = [Path(argument).name if _is_place(argument) else argument for argument in sys.argv[1:]]
     for option in ("--out", "--commit", "--peer-python"):
         if option in asked:
             at = asked.index(option)
             del asked[at : at + 2]
     return asked
+
+
+def _is_place(argument: str) -> bool:
+    """A path of this machine; a case has slashes too."""
+    return "/" in argument and (argument.startswith(("/", ".", "~")) or Path(argument).exists())
 
 
 def _slug(text: str) -> str:
