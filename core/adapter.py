@@ -4,9 +4,9 @@ An adapter is a folder that peft (for LoRA) or transformers (for a full model) r
 template, training config and `parity.json` beside the weights, closed by a manifest. Its content digest is its version.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 Quantization = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double", "int8"]
 """How frozen linear weights are held: as they are, in 4-bit blocks (with `double`, their scales in 8 bit), or in 8 bit."""
@@ -67,14 +67,52 @@ class ParityProbe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    token_ids: list[int]
+    token_ids: list[int] = Field(min_length=2)
     start: int = Field(ge=1)
     logprobs: list[float]
     base_logprobs: list[float]
 
 
-class ParityRecord(BaseModel):
-    """Proof of what was trained. The endpoint reproduces it before the adapter becomes routable."""
+class TopLogits(BaseModel):
+    """The largest logits that follow one token of a probe, largest first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    position: int = Field(ge=0, description="Of the token they follow; the last one's follow the whole probe.")
+    ids: list[int] = Field(min_length=2)
+    logits: list[float] = Field(min_length=2)
+
+
+class Probe(ParityProbe):
+    """A probe with the model's logits after its last tokens, which show what log-probabilities of fixed tokens may hide."""
+
+    text: str | None = Field(description="What the ids decode to, where encoding it gives the same ids again.")
+    top: list[TopLogits] = Field(min_length=1)
+    base_distance: float | None = Field(
+        description="|trained - base| / |base| over these logits; null where the base can't be asked."
+    )
+
+
+class ModuleTrace(BaseModel):
+    """What an adapter adds to the output of one module while the first probe runs through it alone.
+
+    `rms` is its root mean square over all tokens and outputs, `output_rms` that of the module's output without the adapter,
+    `sample` a few outputs of what is added at the last token, spread evenly: two modules whose weights changed places may
+    agree in size, in their samples they don't. A module that no token reached has 0 and no sample.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(description="In the plain model.")
+    kind: Literal["lora", "dora", "whole"] = Field(description="`whole`: a copy takes the module's place (modules_to_save).")
+    inert: bool = Field(description="Its weights add nothing to any input.")
+    rms: float
+    output_rms: float
+    sample: list[float]
+
+
+class ParityRecordV1(BaseModel):
+    """The record of results made before version 2. Readable and servable for good."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -82,6 +120,30 @@ class ParityRecord(BaseModel):
     device: str
     compute_dtype: str
     probes: list[ParityProbe] = Field(min_length=1)
+
+
+class ParityRecord(BaseModel):
+    """Proof of what was trained. The endpoint reproduces it before the adapter becomes routable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[2] = 2
+    device: str
+    compute_dtype: Literal["bf16", "fp16", "fp32"]
+    base: BaseIdentity
+    template: str = Field(description="Digest of the chat template.")
+    modules: list[ModuleTrace] = Field(description="In the order that a token meets them; none for a full model.")
+    probes: list[Probe] = Field(min_length=1)
+
+
+_RECORDS: TypeAdapter[ParityRecordV1 | ParityRecord] = TypeAdapter(
+    Annotated[ParityRecordV1 | ParityRecord, Field(discriminator="version")]
+)
+
+
+def read_parity(content: bytes) -> ParityRecordV1 | ParityRecord:
+    """The record in a PARITY_FILE, of either version. Raises pydantic's ValidationError."""
+    return _RECORDS.validate_json(content)
 
 
 def tolerance(compute_dtype: str) -> float:

@@ -1,30 +1,26 @@
 """May this version be served here? Every check with its numbers, before the first request sees it.
 
-The order is from cheap to dear: files against the manifest, the base it belongs to, the chat template, every tensor in its
-place, then the proof: the log-probabilities that the training process measured are reproduced, and an adapter changes what
-the base says. The first check that fails is the last one made, and what was loaded is taken out again.
+The order is from cheap to dear: files against the manifest, the base it belongs to, every tensor in its place, the chat
+template, then the proof, in `parity.py`: what the training process measured is reproduced. The first check that fails is the
+last one made, and what was loaded is taken out again.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from core.adapter import ADAPTER_KIND, PARITY_FILE, AdapterFacts, BaseIdentity, ParityRecord, tolerance
-from core.errors import ArtifactError, StropError
-from core.eval.logprobs import sequence_logprobs
+from core.adapter import ADAPTER_KIND, PARITY_FILE, AdapterFacts, BaseIdentity, ParityRecord, ParityRecordV1, read_parity
+from core.errors import ArtifactError
 from core.infer.adapters import AdaptedBase
 from core.infer.engine import Engine, Servable
 from core.manifest import folder_bytes, folder_digest, verify_folder
 from core.models.load import load_base
+from serving.limits import Refused
+from serving.parity import reproduce
 from store.deployments import Check
-
-EFFECT_SHARE = 0.25
-"""An adapter must move the base's log-probabilities by at least this share of what it moved them in training."""
 
 
 @dataclass
@@ -40,14 +36,6 @@ class Verdict:
         """Why not, in one sentence."""
         failed = [check for check in self.checks if not check.passed]
         return "; ".join(f"{check.name}: {check.numbers.get('reason', check.numbers)}" for check in failed)
-
-
-class _Refused(StropError):
-    """Carries the failed check."""
-
-    def __init__(self, check: str, numbers: dict[str, Any]) -> None:
-        super().__init__(check)
-        self.check = Check(check, False, numbers)
 
 
 def bring_up(
@@ -68,12 +56,12 @@ def bring_up(
         servable = _load(folder, adapter, facts, base, engine, device, verdict)
         try:
             _template(facts, servable, verdict)
-            _parity(facts, record, servable, base, engine, verdict)
+            reproduce(facts, record, servable, base, engine, verdict.checks)
         except BaseException:
             engine.call(lambda: release(servable))
             raise
         verdict.servable = servable
-    except _Refused as refused:
+    except Refused as refused:
         verdict.checks.append(refused.check)
     return verdict
 
@@ -90,7 +78,7 @@ def _manifest(folder: Path, sha256: str, verdict: Verdict) -> AdapterFacts:
         if folder_digest(folder) != sha256:
             raise ArtifactError(f"the folder's digest is {folder_digest(folder)}, and the record says {sha256}")
     except (ArtifactError, ValidationError) as error:
-        raise _Refused("manifest", {"reason": str(error)}) from None
+        raise Refused("manifest", {"reason": str(error)}) from None
     verdict.checks.append(Check("manifest", True, {"bytes": folder_bytes(folder)}))
     return facts
 
@@ -103,14 +91,14 @@ def _base(facts: AdapterFacts, bases: Sequence[AdaptedBase], verdict: Verdict) -
             verdict.checks.append(Check("base_identity", True, numbers))
             return base
     here = ", ".join(map(str, served)) or "no base"
-    raise _Refused("base_identity", {**numbers, "reason": f"trained on {facts.base}; this endpoint serves {here}"})
+    raise Refused("base_identity", {**numbers, "reason": f"trained on {facts.base}; this endpoint serves {here}"})
 
 
-def _record(folder: Path) -> ParityRecord:
+def _record(folder: Path) -> ParityRecordV1 | ParityRecord:
     try:
-        return ParityRecord.model_validate_json((folder / PARITY_FILE).read_bytes())
+        return read_parity((folder / PARITY_FILE).read_bytes())
     except (FileNotFoundError, ValidationError) as error:
-        raise _Refused("parity", {"reason": f"{PARITY_FILE} can't be read: {error}"}) from None
+        raise Refused("parity", {"reason": f"{PARITY_FILE} can't be read: {error}"}) from None
 
 
 def _load(
@@ -141,9 +129,9 @@ def _load(
             )
             servable = Servable(AdaptedBase(loaded), None, folder)
     except torch.OutOfMemoryError as error:
-        raise _Refused("load", {"reason": f"out of memory: {error}"}) from None
+        raise Refused("load", {"reason": f"out of memory: {error}"}) from None
     except (ArtifactError, OSError, RuntimeError, ValueError) as error:
-        raise _Refused("load", {"reason": str(error)}) from None
+        raise Refused("load", {"reason": str(error)}) from None
     verdict.checks.append(Check("load", True, {"tuning": facts.tuning, "rank": facts.rank}))
     return servable
 
@@ -151,72 +139,8 @@ def _load(
 def _template(facts: AdapterFacts, servable: Servable, verdict: Verdict) -> None:
     numbers = {"trained_with": facts.template, "served_with": servable.template.digest}
     if facts.template != servable.template.digest:
-        raise _Refused("template", {**numbers, "reason": "it would be asked in another chat template than it was trained with"})
+        raise Refused("template", {**numbers, "reason": "it would be asked in another chat template than it was trained with"})
     verdict.checks.append(Check("template", True, numbers))
-
-
-def _parity(
-    facts: AdapterFacts, record: ParityRecord, servable: Servable, base: AdaptedBase, engine: Engine, verdict: Verdict
-) -> None:
-    # Absolute differences, a token each: trained against here, and what the base's answers differ by, then and now.
-    apart: list[float] = []
-    base_apart: list[float] = []
-    effect_then: list[float] = []
-    effect_now: list[float] = []
-    vocabulary, base_vocabulary = (host.model.config.vocab_size for host in (servable.host, base))
-    for probe in record.probes:
-        # On a GPU an index out of range would take the whole process's context down, not just this check.
-        if not all(0 <= token < vocabulary for token in probe.token_ids):
-            raise _Refused("parity", {"reason": f"a probe of {PARITY_FILE} holds ids outside the vocabulary of {vocabulary}"})
-        try:
-            here = engine.call(lambda p=probe: _measure(servable.host, servable.adapter, p.token_ids, p.start))  # type: ignore[misc]
-            here_base = []
-            if max(probe.token_ids) < base_vocabulary:  # of tokens that are new in a full model its base knows nothing
-                here_base = engine.call(lambda p=probe: _measure(base, None, p.token_ids, p.start))  # type: ignore[misc]
-        except (IndexError, RuntimeError, ValueError) as error:
-            raise _Refused("parity", {"reason": f"a probe of {PARITY_FILE} can't be run: {error}"}) from None
-        if (len(here), len(here_base)) != (len(probe.logprobs), len(probe.base_logprobs)):
-            counts = f"{len(probe.logprobs)} and {len(probe.base_logprobs)} log-probabilities"
-            found = f"{len(here)} and {len(here_base)}"
-            raise _Refused("parity", {"reason": f"a probe of {PARITY_FILE} holds {counts}, and {found} are found here"})
-        apart += _differences(here, probe.logprobs)
-        if here_base:
-            base_apart += _differences(here_base, probe.base_logprobs)
-            effect_then += _differences(probe.logprobs, probe.base_logprobs)
-            effect_now += _differences(here, here_base)
-    allowed = tolerance(facts.base.compute_dtype)
-    numbers = {
-        "mean_abs_difference": fmean(apart),
-        "max_abs_difference": max(apart),
-        "tolerance": allowed,
-        "probes": len(record.probes),
-        "tokens": len(apart),
-    }
-    if base_apart:
-        numbers["base_mean_abs_difference"] = fmean(base_apart)
-    if not fmean(apart) <= allowed:
-        reason = f"log-probabilities differ from those of training by {fmean(apart):.2g} nats; {allowed:g} are allowed"
-        raise _Refused("parity", {**_finite(numbers), "reason": reason})
-    verdict.checks.append(Check("parity", True, _finite(numbers)))
-    if base_apart:
-        numbers = {"effect": fmean(effect_now), "effect_in_training": fmean(effect_then)}
-        if not numbers["effect"] >= EFFECT_SHARE * numbers["effect_in_training"]:
-            raise _Refused("effect", {**_finite(numbers), "reason": "it changes nothing, or far less than in training"})
-        verdict.checks.append(Check("effect", True, _finite(numbers)))
-
-
-def _measure(host: AdaptedBase, adapter: str | None, token_ids: list[int], start: int) -> list[float]:
-    host.activate(adapter)
-    return sequence_logprobs(host.model, token_ids, start)
-
-
-def _differences(a: list[float], b: list[float]) -> list[float]:
-    return [abs(x - y) for x, y in zip(a, b, strict=True)]
-
-
-def _finite(numbers: dict[str, Any]) -> dict[str, Any]:
-    # JSON, and so the receipt, has no NaN and no infinity.
-    return {name: value if abs(value) < float("inf") else str(value) for name, value in numbers.items()}
 
 
 def _shown(identity: BaseIdentity) -> dict[str, str]:

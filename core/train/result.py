@@ -49,11 +49,11 @@ def write_result(training: Training, run: RunInput, folder: Path, *, step: int, 
     with plain_attention(training.model), closed_folder(folder, ADAPTER_KIND, facts.model_dump(mode="json")) as draft:
         if is_adapter:
             save_lora(training.model, draft)
-            record = measure_lora(training.model, draft, sequences, training.base)
+            record = measure_lora(training.model, draft, sequences, training.base, training.tokenizer, template.digest)
         else:
             plain = fold_trained(training.model) if isinstance(training.model, PeftModel) else training.model
             save_full(plain, draft, DTYPES[training.base.compute_dtype])
-            record = measure_full(plain, run.model_folder, sequences, training.base)
+            record = measure_full(plain, run.model_folder, sequences, training.base, training.tokenizer, template.digest)
         save_tokenizer(run.model_folder, draft, template.source)
         training.tokenizer.save_new_tokens(draft)
         (draft / TRAINING_FILE).write_text(json.dumps(run.spec.model_dump(mode="json"), indent=1, sort_keys=True))

@@ -16,7 +16,7 @@ import uvicorn
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from core.adapter import ADAPTER_KIND, PARITY_FILE, AdapterFacts, BaseIdentity, ParityProbe, ParityRecord
+from core.adapter import ADAPTER_KIND, PARITY_FILE, AdapterFacts, BaseIdentity, ParityProbe, ParityRecordV1
 from core.data.template import choose_template
 from core.data.tokenizer import Tokenizer
 from core.eval.logprobs import sequence_logprobs
@@ -79,7 +79,7 @@ class Service:
         base: dict[str, str] | None = None,
         scale: float = 0.3,
         change: Callable[[Path], None] = lambda folder: None,
-        parity: Callable[[ParityRecord], ParityRecord] = lambda record: record,
+        parity: Callable[[ParityRecordV1], ParityRecordV1] = lambda record: record,
     ) -> Published:
         """What a finished job leaves: a closed, stored folder with its parity record, and its rows. `change` may spoil the
         folder's content before it is closed."""
@@ -126,7 +126,7 @@ class Service:
             )
         return Published(adapter.id, version, self.storage.fetch_folder(adapter_key(sha256)))
 
-    def _measure(self, folder: Path, tuning: str) -> ParityRecord:
+    def _measure(self, folder: Path, tuning: str) -> ParityRecordV1:
         base = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
         base_logprobs = sequence_logprobs(base, PROBE, 4)
         if tuning == "lora":
@@ -134,7 +134,7 @@ class Service:
         else:
             trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         probe = ParityProbe(token_ids=PROBE, start=4, logprobs=sequence_logprobs(trained, PROBE, 4), base_logprobs=base_logprobs)
-        return ParityRecord(device="cpu", compute_dtype="fp32", probes=[probe])
+        return ParityRecordV1(device="cpu", compute_dtype="fp32", probes=[probe])
 
     def deploy(self, published: Published, project: str = DEFAULT_PROJECT) -> None:
         with self.database.transaction() as session:

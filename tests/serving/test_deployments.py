@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from core.adapter import PARITY_FILE, ParityRecord
+from core.adapter import PARITY_FILE, ParityRecordV1
 from store.tables import DEFAULT_PROJECT, Endpoint
 from tests.serving.conftest import OTHER_PROJECT, Service, running, wait_for
 
@@ -161,7 +161,7 @@ def test_missing_files_are_refused_and_a_new_wish_is_tried_again(service: Servic
 
 
 def test_an_adapter_that_does_nothing_is_refused(service: Service) -> None:
-    def claim_effect(record: ParityRecord) -> ParityRecord:
+    def claim_effect(record: ParityRecordV1) -> ParityRecordV1:
         # Small enough to pass as parity: only the comparison with the base can tell.
         probe = record.probes[0]
         claimed = probe.model_copy(update={"logprobs": [value + 5e-4 for value in probe.base_logprobs]})
@@ -176,7 +176,7 @@ def test_an_adapter_that_does_nothing_is_refused(service: Service) -> None:
 
 
 def test_a_parity_failure_is_recorded_with_its_numbers_once_and_not_routable(service: Service) -> None:
-    def shift(record: ParityRecord) -> ParityRecord:
+    def shift(record: ParityRecordV1) -> ParityRecordV1:
         probe = record.probes[0]
         return record.model_copy(
             update={"probes": [probe.model_copy(update={"logprobs": [value + 0.01 for value in probe.logprobs]})]}
@@ -198,12 +198,12 @@ def test_a_parity_failure_is_recorded_with_its_numbers_once_and_not_routable(ser
 
 
 def test_a_parity_record_that_can_not_be_read_or_run_is_refused(service: Service) -> None:
-    def outside(record: ParityRecord) -> ParityRecord:
+    def outside(record: ParityRecordV1) -> ParityRecordV1:
         probe = record.probes[0]
         ids = [*probe.token_ids[:-1], 10**6]
         return record.model_copy(update={"probes": [probe.model_copy(update={"token_ids": ids})]})
 
-    def short(record: ParityRecord) -> ParityRecord:
+    def short(record: ParityRecordV1) -> ParityRecordV1:
         probe = record.probes[0]
         return record.model_copy(update={"probes": [probe.model_copy(update={"logprobs": probe.logprobs[1:]})]})
 
