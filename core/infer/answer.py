@@ -1,4 +1,5 @@
-"""The text of one answer as it grows: whole characters only, and nothing at or behind a stop string.
+"""The text of one answer as it grows: whole characters only, and nothing at or behind a stop string (nothing behind it, where
+it is to be part of the text).
 
 What may be the beginning of a stop string is held back until the next tokens decide.
 """
@@ -7,17 +8,26 @@ from core.data.tokenizer import TextStream, Tokenizer
 
 
 class Answer:
-    """Ids in, text that may be shown out. `is_stopped` turns true once a stop string is complete."""
+    """Ids in, text that may be shown out. `is_stopped` turns true once a stop string is complete.
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    The text of the first `min_tokens` tokens is not searched for stop strings.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], *, include_stop: bool = False, min_tokens: int = 0) -> None:
         self._stream = TextStream(tokenizer)
         self._stop = stop
+        self._include_stop = include_stop
+        self._unsearched = min_tokens
         self._held = ""
         self.is_stopped = False
 
     def push(self, token: int) -> str:
         """The text that this token made certain; "" when nothing."""
-        return self._release(self._stream.push(token))
+        piece = self._stream.push(token)
+        if self._unsearched > 0:
+            self._unsearched -= 1
+            return piece
+        return self._release(piece)
 
     def finish(self) -> str:
         """What is left when no more tokens come."""
@@ -29,10 +39,11 @@ class Answer:
         if self.is_stopped:
             return ""
         text = self._held + piece
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at, at + len(stop)) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.is_stopped, self._held = True, ""
-            return text[: min(found)]
+            begin, end = min(found)
+            return text[: end if self._include_stop else begin]
         keep = self._possible_stop(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from core.data.tokenizer import Tokenizer
 from core.errors import InvalidInput, Problem
 from core.infer.answer import Answer
-from core.infer.sampling import Sampler, Sampling
+from core.infer.sampling import Drawing, GenerationFailed, Sampling, draw
 
 FinishReason = Literal["stop", "length"]
 
@@ -24,12 +24,14 @@ FinishReason = Literal["stop", "length"]
 class Token:
     """One generated token. `text` is what became certain with it, which may be nothing, or reach back to earlier tokens.
 
-    The token that ends a turn is among them, with its log-probability and no text.
+    The token that ends a turn is among them, with its log-probability and no text, unless the request asked for it. `top` are
+    (id, log-probability) of the likeliest tokens, as many as the request asked for.
     """
 
     id: int
     text: str
     logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,23 +58,28 @@ def generate(
 ) -> Iterator[Token | End]:
     """Yield the tokens of an answer, then one End. `model` is a causal LM of transformers in eval mode.
 
-    Ends at an id of `stop_ids`, at a stop string, or after `max_tokens`. Raises GenerationFailed.
+    Ends at an id of `stop_ids` or of the request, at a stop string, or after `max_tokens`. Raises GenerationFailed.
     """
-    sampler = Sampler(sampling)
-    answer = Answer(tokenizer, sampling.stop)
+    seed, ending = sampling.resolved_seed(), sampling.ending_ids(stop_ids)
+    answer = Answer(tokenizer, sampling.stop, include_stop=sampling.include_stop, min_tokens=sampling.min_tokens)
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([prompt_ids], device=model.device)
-    for _ in range(sampling.max_tokens):
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-        token, logprob = sampler.choose(logits)
-        if token in stop_ids:
-            yield Token(token, "", logprob)
+    generated: list[int] = []
+    while len(generated) < sampling.max_tokens:
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        (drawn,) = draw(logits, [Drawing.at(sampling, seed, prompt_ids, generated, stop_ids)])
+        if not drawn.is_finite:
+            raise GenerationFailed("the model's logits are not finite numbers")
+        generated.append(drawn.token)
+        if drawn.token in ending:
+            text = answer.push(drawn.token) if sampling.include_stop else ""
+            yield Token(drawn.token, text, drawn.logprob, drawn.top)
             yield End("stop", answer.finish())
             return
-        yield Token(token, answer.push(token), logprob)
+        yield Token(drawn.token, answer.push(drawn.token), drawn.logprob, drawn.top)
         if answer.is_stopped:
             yield End("stop", "")
             return
-        ids = torch.tensor([[token]], device=model.device)
+        ids = torch.tensor([[drawn.token]], device=model.device)
     left = answer.finish()
     yield End("stop" if answer.is_stopped else "length", left)

@@ -1,13 +1,11 @@
-"""Stop strings and sampling, without a model."""
+"""Stop strings, without a model."""
 
 from pathlib import Path
 
 import pytest
-import torch
 
 from core.data.tokenizer import Tokenizer
 from core.infer.answer import Answer
-from core.infer.sampling import GenerationFailed, Sampler, Sampling
 
 
 @pytest.fixture(scope="module")
@@ -61,29 +59,14 @@ def test_a_broken_last_character_comes_out_as_a_mark(tokenizer: Tokenizer) -> No
     assert answer.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_sampling_follows_the_distribution_and_top_p_cuts_its_tail() -> None:
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
-
-    def shares(**options: float) -> list[float]:
-        sampler = Sampler(Sampling(max_tokens=1, seed=0, temperature=options.pop("temperature", 1.0), **options))
-        drawn = [sampler.choose(logits)[0] for _ in range(4000)]
-        return [drawn.count(token) / 4000 for token in range(4)]
-
-    assert shares() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
-    assert shares(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert shares(top_p=1e-9) == [1, 0, 0, 0]
-    assert shares(temperature=1e-300) == [1, 0, 0, 0]
-    assert shares(temperature=2.0)[3] > 0.1
+def test_a_stop_string_may_be_part_of_the_text(tokenizer: Tokenizer) -> None:
+    answer = Answer(tokenizer, ("two t", "two"), include_stop=True)
+    out = [answer.push(token) for char in "one two three" for token in tokenizer.encode(char, parse_special=False)[0]]
+    assert ("".join(out), answer.is_stopped, answer.finish()) == ("one two", True, "")
 
 
-def test_the_log_probability_is_that_of_the_raw_logits() -> None:
-    logits = torch.tensor([1.0, 2.0, 3.0])
-    token, logprob = Sampler(Sampling(max_tokens=1, temperature=0.1, top_p=0.2, seed=1)).choose(logits)
-    assert (token, logprob) == (2, pytest.approx(float(torch.log_softmax(logits, -1)[2])))
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_no_numbers_give_no_token(bad: float, temperature: float) -> None:
-    with pytest.raises(GenerationFailed, match="not finite"):
-        Sampler(Sampling(max_tokens=1, temperature=temperature)).choose(torch.tensor([0.0, bad, 1.0]))
+def test_stop_strings_are_looked_for_behind_the_first_tokens_only(tokenizer: Tokenizer) -> None:
+    answer = Answer(tokenizer, ("ab",), min_tokens=3)
+    out = [answer.push(token) for char in "ababab" for token in tokenizer.encode(char, parse_special=False)[0]]
+    assert "".join(out) == "abab"
+    assert answer.is_stopped

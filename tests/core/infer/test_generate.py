@@ -126,6 +126,33 @@ def test_the_end_of_turn_token_is_counted_but_not_shown(load_tiny: LoadTiny, tin
     assert tokens[-1].text == ""
 
 
+def test_what_a_request_says_about_its_end_is_obeyed(load_tiny: LoadTiny, tiny_model: Path) -> None:
+    servable = Servable(AdaptedBase(load_tiny()), None, tiny_model)
+    servable.stop_ids = ()
+    plain = [token.id for token in answer(servable, Sampling(max_tokens=12))[0]]
+    last = plain.index(plain[5])
+
+    tokens, end = answer(servable, Sampling(max_tokens=12, stop_token_ids=(plain[5],)))
+    assert [token.id for token in tokens] == plain[: last + 1]
+    assert (tokens[-1].text, end.reason) == ("", "stop")
+    tokens, end = answer(servable, Sampling(max_tokens=12, stop_token_ids=(plain[5],), include_stop=True))
+    assert text_of(tokens, end) == servable.tokenizer.decode(plain[: last + 1], skip_special=True)
+
+    servable.stop_ids = (plain[5],)
+    tokens, end = answer(servable, Sampling(max_tokens=12, ignore_eos=True))
+    assert ([token.id for token in tokens], end.reason) == (plain, "length")
+    tokens, end = answer(servable, Sampling(max_tokens=12, min_tokens=10))
+    assert len(tokens) >= 10
+    assert plain[5] not in [token.id for token in tokens[:10]]
+
+
+def test_the_likeliest_tokens_are_told_with_each(load_tiny: LoadTiny, tiny_model: Path) -> None:
+    servable = Servable(AdaptedBase(load_tiny()), None, tiny_model)
+    tokens, _ = answer(servable, Sampling(max_tokens=6, top_logprobs=3))
+    assert all(token.top[0] == (token.id, token.logprob) for token in tokens)
+    assert all(len(token.top) == 3 for token in tokens)
+
+
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_a_second_wrap_after_a_failed_first_load_leaves_the_base_as_it_was(
     load_tiny: LoadTiny, lora_folder: Lora, tiny_model: Path, tmp_path: Path
