@@ -42,6 +42,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 wanted=wanted,
                 models_folder=chosen.models_folder,
                 gpu_gib=chosen.serving_gpu_gib,
+                kv_gib=chosen.serving_kv_gib,
                 device=device,
                 database=database,
                 storage=Storage(chosen.storage, chosen.scratch_folder),

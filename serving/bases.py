@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from core.adapter import Quantization
 from core.errors import InvalidInput, Problem
 from core.infer.adapters import AdaptedBase
-from core.infer.engine import Servable
+from core.infer.servable import Servable
 from core.model_folder import verify_code
 from core.models.load import ComputeDtype, Precision, load_base
 from store.deployments import RegisteredModel, find_models
@@ -63,7 +63,7 @@ def resolve_bases(session: Session, words: Sequence[str]) -> list[WantedBase]:
     return [WantedBase(word, found[name], quantization, precision) for word, name, quantization, precision in parsed]
 
 
-def load_wanted(wanted: WantedBase, models_folder: Path, device: torch.device) -> Servable:
+def load_wanted(wanted: WantedBase, models_folder: Path, device: torch.device, *, kv_gib: float) -> Servable:
     """Load a base and its tokenizer. Slow: seconds to minutes. Raises ArtifactError for code that is not the registered one."""
     folder = models_folder / wanted.model.folder
     if wanted.model.allow_remote_code:
@@ -77,7 +77,7 @@ def load_wanted(wanted: WantedBase, models_folder: Path, device: torch.device) -
         device=device,
         allow_remote_code=wanted.model.allow_remote_code,
     )
-    return Servable(AdaptedBase(loaded), None, folder)
+    return Servable(AdaptedBase(loaded, kv_gib=kv_gib), folder)
 
 
 def limit_gpu_memory(device: torch.device, gib: float | None) -> None:

@@ -19,7 +19,8 @@ import torch
 from sqlalchemy.exc import SQLAlchemyError
 
 from core.errors import StropError
-from core.infer.engine import Engine, Servable
+from core.infer.engine import Engine
+from core.infer.servable import Servable
 from serving.bases import WantedBase, limit_gpu_memory, load_wanted
 from serving.directory import Directory, Loading, NotServed, VersionKey
 from serving.verify import Verdict, bring_up, release
@@ -48,6 +49,7 @@ class Follower:
         wanted: Sequence[WantedBase],
         models_folder: Path,
         gpu_gib: float | None,
+        kv_gib: float,
         device: torch.device,
         database: Database,
         storage: Storage,
@@ -59,6 +61,7 @@ class Follower:
         self._wanted = wanted
         self._models_folder = models_folder
         self._gpu_gib = gpu_gib
+        self._kv_gib = kv_gib
         self._device = device
         self._database = database
         self._storage = storage
@@ -88,7 +91,7 @@ class Follower:
             for wanted in self._wanted:
                 if self._stopping.is_set():
                     return
-                self._directory.add_base(wanted.word, load_wanted(wanted, self._models_folder, self._device))
+                self._directory.add_base(wanted.word, load_wanted(wanted, self._models_folder, self._device, kv_gib=self._kv_gib))
         except Exception as error:
             logger.exception("the bases can't be loaded")
             self.problem = f"a base can't be loaded: {error}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from core.errors import NotFound, Problem, Unavailable
-from core.infer.engine import Servable
+from core.infer.servable import Servable
 from store.deployments import DesiredVersion
 
 VersionKey = tuple[str, int]

@@ -1,8 +1,8 @@
 """The parity record reproduced: does what was loaded here compute what was trained?
 
 The base is asked first, so that its own faults are not laid on the adapter; then the adapter, module by module in the order
-that a token meets them, so that a fault is named where it stands; then its answers are compared (`answers.py`). `_measure` is
-the one place that runs a model.
+that a token meets them, so that a fault is named where it stands; then its answers are compared (`answers.py`). `_Measured`
+is the one place that runs a model.
 
 Each module is held to what it added in training, instead of being zeroed alone to see whether the answers change: one pass
 serves all of them, a wrong scale or an exchange is seen as well as an absence, and the module is named. That its part then
@@ -10,14 +10,19 @@ arrives in the answers is what the logits show.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Literal
 
 import torch
 
 from core.adapter import AdapterFacts, ModuleTrace, ParityProbe, ParityRecord, ParityRecordV1
 from core.eval.probes import Known, Said, batches, measure
 from core.infer.adapters import AdaptedBase
-from core.infer.engine import Engine, Servable
+from core.infer.engine import Engine
+from core.infer.lora import LoraWeights
+from core.infer.prove import measure_packed
+from core.infer.servable import Servable
 from core.models.traces import Trace, touched_modules
 from serving.answers import same_answers, same_base, same_effect
 from serving.limits import UNMEASURABLE, Allowed, Refused, allowed, finite, unusable
@@ -43,7 +48,7 @@ def reproduce(
         checks.append(_same_ids(facts, record, servable))
     # Of tokens that are new in a full model its base knows nothing.
     known = [number for number, probe in enumerate(record.probes) if max(probe.token_ids) < base_vocabulary]
-    bare = dict(zip(known, _run(engine, base, None, [record.probes[number] for number in known]), strict=True))
+    bare = dict(zip(known, _run(engine, _Measured(base), [record.probes[number] for number in known]), strict=True))
     for number, probe in enumerate(record.probes):
         expected = (len(probe.token_ids) - probe.start, len(probe.token_ids) - probe.start if number in bare else 0)
         if (len(probe.logprobs), len(probe.base_logprobs)) != expected:
@@ -56,32 +61,39 @@ def reproduce(
 
     if isinstance(record, ParityRecord):
         same_base(record, bare)
-    here = _run(engine, servable.host, servable.adapter, record.probes, of_modules)
+    here = _run(engine, _Measured(servable.host, servable.weights, servable.adapter), record.probes, of_modules)
     checks.append(same_answers(record, facts.base.compute_dtype, here, bare, limits))
     if bare:
         checks.append(same_effect(record, here, bare, limits))
 
 
-def _measure(
-    host: AdaptedBase, adapter: str | None, batch: Sequence[Known], *, is_traced: bool
-) -> tuple[list[Said], dict[str, Trace]]:
-    host.activate(adapter)
-    return measure(host.model, batch, adapter if is_traced else None)
+@dataclass(frozen=True)
+class _Measured:
+    """A base, alone or with an adapter: what is asked."""
+
+    host: AdaptedBase
+    weights: LoraWeights | None = None
+    adapter: str | None = None
+
+    def measure(self, batch: Sequence[Known], *, is_traced: bool) -> tuple[list[Said], dict[str, Trace]]:
+        """By the path that answers requests."""
+        if self.host.runner is not None and self.adapter is None:
+            return measure_packed(self.host.runner, batch, self.weights, is_traced=is_traced)
+        self.host.activate(self.adapter)
+        return measure(self.host.model, batch, self.adapter if is_traced else None)
 
 
 def _run(
     engine: Engine,
-    host: AdaptedBase,
-    adapter: str | None,
+    asked: _Measured,
     probes: Sequence[ParityProbe],
     of_first: Callable[[dict[str, Trace]], None] = lambda traces: None,
 ) -> list[Said]:
     """Every batch is a call of its own, so that running answers go on in between. `of_first` judges the first one's traces."""
     said: list[Said] = []
     for number, batch in enumerate(batches([(probe.token_ids, probe.start) for probe in probes])):
-        is_traced = number == 0 and adapter is not None
         try:
-            now, traces = engine.call(lambda b=batch, t=is_traced: _measure(host, adapter, b, is_traced=t))  # type: ignore[misc]
+            now, traces = engine.call(lambda b=batch, t=number == 0: asked.measure(b, is_traced=t))  # type: ignore[misc]
         except (IndexError, RuntimeError, ValueError) as error:
             raise unusable(f"a probe can't be run: {error}") from None
         if number == 0:
@@ -107,8 +119,10 @@ def _same_ids(facts: AdapterFacts, record: ParityRecord, servable: Servable) -> 
 
 
 def _same_modules(record: ParityRecord, servable: Servable, traces: dict[str, Trace], limits: Allowed) -> Check:
-    touched = {}
-    if servable.adapter is not None:
+    touched: dict[str, Literal["lora", "dora", "whole"]] = {}
+    if servable.weights is not None:
+        touched = {path: site.kind for path, site in servable.weights.sites.items()}
+    elif servable.adapter is not None:
         touched = {module.path: module.kind for module in touched_modules(servable.host.model, servable.adapter)}
     recorded = {module.path: module.kind for module in record.modules}
     for path, kind in recorded.items():

@@ -19,9 +19,11 @@ from sqlalchemy import text
 
 from core.data.conversation import Message
 from core.errors import Unauthenticated, Unavailable
-from core.infer.engine import Engine, Failed, Item, Servable, Ticket
-from core.infer.generate import End, check_room
+from core.infer.engine import Engine, check_room
+from core.infer.progress import End
 from core.infer.sampling import Sampling
+from core.infer.servable import Servable
+from core.infer.ticket import Failed, Item, Ticket
 from serving.deployments import Follower
 from serving.directory import Directory
 from serving.errors import error_response

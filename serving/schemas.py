@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from core.infer.generate import FinishReason
+from core.infer.progress import FinishReason
 
 MAX_STOPS = 4
 DEFAULT_MAX_TOKENS = 256

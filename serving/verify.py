@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from core.adapter import ADAPTER_KIND, PARITY_FILE, AdapterFacts, BaseIdentity, ParityRecord, ParityRecordV1, read_parity
 from core.errors import ArtifactError
 from core.infer.adapters import AdaptedBase
-from core.infer.engine import Engine, Servable
+from core.infer.engine import Engine
+from core.infer.servable import Servable
 from core.manifest import folder_bytes, folder_digest, verify_folder
 from core.models.load import load_base
 from serving.limits import Refused
@@ -53,7 +54,7 @@ def bring_up(
         verdict.facts = facts
         base = _base(facts, bases, verdict)
         record = _record(folder)
-        servable = _load(folder, adapter, facts, base, engine, device, verdict)
+        servable = _load(folder, sha256, adapter, facts, base, engine, device, verdict)
         try:
             _template(facts, servable, verdict)
             reproduce(facts, record, servable, base, engine, verdict.checks)
@@ -103,6 +104,7 @@ def _record(folder: Path) -> ParityRecordV1 | ParityRecord:
 
 def _load(
     folder: Path,
+    sha256: str,
     adapter: str,
     facts: AdapterFacts,
     base: AdaptedBase,
@@ -111,29 +113,43 @@ def _load(
     verdict: Verdict,
 ) -> Servable:
     try:
-        if facts.tuning != "full":
-            engine.call(lambda: base.load(folder, adapter))
-            try:
-                servable = Servable(base, adapter, folder)
-            except BaseException:
-                engine.call(lambda: base.unload(adapter))
-                raise
+        if facts.tuning == "full":
+            servable = _load_full(folder, facts, base, device)
         else:
-            loaded = load_base(
-                folder,
-                name=facts.base.model,
-                weights=facts.base.weights,
-                quantization="none",
-                precision=facts.base.compute_dtype,
-                device=device,
-            )
-            servable = Servable(AdaptedBase(loaded), None, folder)
+            servable = _load_adapter(folder, sha256, adapter, base, engine)
     except torch.OutOfMemoryError as error:
         raise Refused("load", {"reason": f"out of memory: {error}"}) from None
     except (ArtifactError, OSError, RuntimeError, ValueError) as error:
         raise Refused("load", {"reason": str(error)}) from None
     verdict.checks.append(Check("load", True, {"tuning": facts.tuning, "rank": facts.rank}))
     return servable
+
+
+def _load_adapter(folder: Path, sha256: str, adapter: str, base: AdaptedBase, engine: Engine) -> Servable:
+    """For packed steps where they can express it, else by peft. Reading costs running answers nothing."""
+    weights = base.runner.sites.read(folder, sha256) if base.runner is not None else None
+    if base.runner is not None and weights is not None:
+        sites = base.runner.sites
+        engine.call(lambda: sites.install(weights))
+        return Servable(base, folder, weights=weights)
+    engine.call(lambda: base.load(folder, adapter))
+    try:
+        return Servable(base, folder, adapter=adapter)
+    except BaseException:
+        engine.call(lambda: base.unload(adapter))
+        raise
+
+
+def _load_full(folder: Path, facts: AdapterFacts, base: AdaptedBase, device: torch.device) -> Servable:
+    loaded = load_base(
+        folder,
+        name=facts.base.model,
+        weights=facts.base.weights,
+        quantization="none",
+        precision=facts.base.compute_dtype,
+        device=device,
+    )
+    return Servable(AdaptedBase(loaded, kv_gib=base.kv_gib), folder)
 
 
 def _template(facts: AdapterFacts, servable: Servable, verdict: Verdict) -> None:

@@ -65,6 +65,9 @@ class Settings(BaseSettings):
     serving_gpu_gib: float | None = _env(
         "STROP_SERVING_GPU_GIB", None, "GPU memory the endpoint may take; default 0.9 of the card."
     )
+    serving_kv_gib: float = _env(
+        "STROP_SERVING_KV_GIB", 2.0, "Of it, what keys and values of running requests may take, per base or full model."
+    )
     poll_seconds: float = _env("STROP_POLL_SECONDS", 5.0, "How often an endpoint looks for deployments it was not notified of.")
     endpoint_name: str = _env("STROP_ENDPOINT_NAME", "endpoint", "Name an endpoint signs its receipts with.")
 

@@ -19,7 +19,8 @@ from core.data.tokenizer import Tokenizer
 from core.errors import BadSpec, Diverged, InvalidInput
 from core.eval.rows import Example
 from core.events import Answer, Answered
-from core.infer.generate import End, FinishReason, generate
+from core.infer.generate import generate
+from core.infer.progress import End, FinishReason
 from core.infer.sampling import GenerationFailed, Sampling
 
 SHOWN_ANSWERS = 16

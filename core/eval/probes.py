@@ -49,12 +49,15 @@ def measure(model: Any, batch: Sequence[Known], traced: str | None = None) -> tu
     padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch], device=model.device)
     with tracing(touched_modules(model, traced) if traced is not None else []) as traces:
         logits = model(input_ids=padded, use_cache=False).logits
-    said = []
-    for row, asked, (ids, start) in zip(logits, padded, batch, strict=True):
-        table = torch.log_softmax(row[start - 1 : len(ids) - 1].float(), dim=-1)
-        logprobs = table.gather(1, asked[start : len(ids), None]).squeeze(1).tolist()
-        said.append(Said(logprobs, row[max(0, len(ids) - LAST_POSITIONS) : len(ids)].float()))
-    return said, traces
+    return [said_of(row, ids, start) for row, (ids, start) in zip(logits, batch, strict=True)], traces
+
+
+def said_of(logits: torch.Tensor, ids: list[int], start: int) -> Said:
+    """What the logits [≥ len(ids), V] behind each token of a sequence say."""
+    table = torch.log_softmax(logits[start - 1 : len(ids) - 1].float(), dim=-1)
+    asked = torch.tensor(ids[start:], device=logits.device)
+    logprobs = table.gather(1, asked[:, None]).squeeze(1).tolist()
+    return Said(logprobs, logits[max(0, len(ids) - LAST_POSITIONS) : len(ids)].float())
 
 
 def relative_distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -1,5 +1,6 @@
-"""One base in memory with LoRA adapters loaded side by side, of which one or none is active.
+"""One base in memory: the runner of its packed steps, and the adapters that peft has put on it, of which one or none acts.
 
+peft's way is the slow one, for adapters that packed steps can't express, and the reference that the fast one is held to.
 Not safe for two threads: the engine's thread alone loads, activates and runs. Whether an adapter may be served at all is
 decided elsewhere (`serving/verify.py`).
 """
@@ -12,18 +13,27 @@ from peft import PeftModel
 
 from core.adapter import BaseIdentity
 from core.errors import ArtifactError
+from core.infer.runner import Runner, kv_bytes_per_token, obstacle
 from core.models.adapt import load_adapter, unwrap
 from core.models.load import LoadedBase
 
 
 class AdaptedBase:
-    """`model` is the plain transformers model: what it computes depends on the last `activate`."""
+    """`model` is the plain transformers model: what it computes depends on the last `activate`. `runner` is its fast path,
+    None where packed steps can't express the model."""
 
-    def __init__(self, base: LoadedBase) -> None:
+    def __init__(self, base: LoadedBase, *, kv_gib: float = 1.0) -> None:
+        """`kv_gib` is the room for keys and values; no more than sixteen whole contexts are made of it."""
         self.model: Any = base.model
         self.identity: BaseIdentity = base.identity
         self._peft: PeftModel | None = None
         self._active: str | None = None
+        self.kv_gib = kv_gib
+        self.runner: Runner | None = None
+        if obstacle(base.model) is None:
+            tokens = int(kv_gib * 2**30) // kv_bytes_per_token(base.model)
+            tokens = min(tokens, 16 * base.model.config.max_position_embeddings)
+            self.runner = Runner(base.model, kv_tokens=tokens, make_bare=lambda: self.activate(None))
 
     def load(self, folder: Path, adapter: str) -> None:
         """Read an adapter folder onto the base under a name without dots. Raises ArtifactError, and is as before then."""

@@ -15,7 +15,7 @@ from core.errors import BadData, Diverged
 from core.eval.answers import Question, answer_prompts, answers_event, held_out_prompts, panel_questions
 from core.eval.evaluate import evaluate
 from core.events import Answer, Answered, Evaluation
-from core.infer.generate import FinishReason
+from core.infer.progress import FinishReason
 from core.run import JUDGED_ANSWERS, RunInput
 from core.spec import DATA_KINDS
 from core.train.build import Training

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from core.data.conversation import Message
 from core.errors import ArtifactError
 from core.infer.adapters import AdaptedBase
-from core.infer.engine import Servable
-from core.infer.generate import End, Token, generate
+from core.infer.generate import generate
+from core.infer.progress import End, Token
 from core.infer.sampling import Sampling
+from core.infer.servable import Servable
 from core.models.load import LoadedBase
 from tests.lora import fresh_answer
 
@@ -67,7 +68,7 @@ def test_lora_and_base_answers_equal_those_of_transformers_and_peft(
 
     results = {}
     for name, folder in (("one", lora_folder(1)), (None, None), ("two", lora_folder(2)), ("one", lora_folder(1))):
-        servable = Servable(host, name, tiny_model)
+        servable = Servable(host, tiny_model, adapter=name)
         tokens, _ = answer(servable, Sampling(max_tokens=24))
         assert_equal(tokens, fresh_answer(fresh(folder), servable.prompt_ids(PROMPT), 24))
         results[name] = [token.id for token in tokens]
@@ -78,14 +79,14 @@ def test_full_model_answers_equal_those_of_transformers(load_tiny: LoadTiny, tmp
     from tests.tiny import build_tiny_model
 
     folder = build_tiny_model(tmp_path / "full", seed=7)
-    servable = Servable(AdaptedBase(load_tiny(folder=folder)), None, folder)
+    servable = Servable(AdaptedBase(load_tiny(folder=folder)), folder)
     tokens, _ = answer(servable, Sampling(max_tokens=24))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert_equal(tokens, fresh_answer(model, servable.prompt_ids(PROMPT), 24))
 
 
 def test_a_seed_gives_one_answer_and_another_seed_another(load_tiny: LoadTiny, tiny_model: Path) -> None:
-    servable = Servable(AdaptedBase(load_tiny()), None, tiny_model)
+    servable = Servable(AdaptedBase(load_tiny()), tiny_model)
 
     def ids(seed: int | None, top_p: float = 1.0) -> list[int]:
         return [t.id for t in answer(servable, Sampling(max_tokens=20, temperature=1.0, top_p=top_p, seed=seed))[0]]
@@ -99,7 +100,7 @@ def test_a_seed_gives_one_answer_and_another_seed_another(load_tiny: LoadTiny, t
 def test_logprobs_are_the_models_own_whatever_the_temperature(load_tiny: LoadTiny, tiny_model: Path) -> None:
     from core.eval.logprobs import sequence_logprobs
 
-    servable = Servable(AdaptedBase(load_tiny()), None, tiny_model)
+    servable = Servable(AdaptedBase(load_tiny()), tiny_model)
     tokens, _ = answer(servable, Sampling(max_tokens=12, temperature=1.7, top_p=0.8, seed=1))
     prompt = servable.prompt_ids(PROMPT)
     known = sequence_logprobs(servable.host.model, prompt + [token.id for token in tokens], len(prompt))
@@ -107,7 +108,7 @@ def test_logprobs_are_the_models_own_whatever_the_temperature(load_tiny: LoadTin
 
 
 def test_pieces_add_up_to_the_whole_text_and_never_hold_half_a_character(load_tiny: LoadTiny, tiny_model: Path) -> None:
-    servable = Servable(AdaptedBase(load_tiny()), None, tiny_model)
+    servable = Servable(AdaptedBase(load_tiny()), tiny_model)
     for seed in range(8):  # a random model over bytes makes broken characters all the time
         tokens, end = answer(servable, Sampling(max_tokens=40, temperature=1.5, seed=seed))
         ids = [token.id for token in tokens if token.id not in servable.stop_ids]
@@ -116,7 +117,7 @@ def test_pieces_add_up_to_the_whole_text_and_never_hold_half_a_character(load_ti
 
 def test_the_end_of_turn_token_is_counted_but_not_shown(load_tiny: LoadTiny, tiny_model: Path) -> None:
     host = AdaptedBase(load_tiny())
-    servable = Servable(host, None, tiny_model)
+    servable = Servable(host, tiny_model)
     plain, _ = answer(servable, Sampling(max_tokens=8))
     servable.stop_ids = (plain[3].id,)
     tokens, end = answer(servable, Sampling(max_tokens=8))
@@ -127,7 +128,7 @@ def test_the_end_of_turn_token_is_counted_but_not_shown(load_tiny: LoadTiny, tin
 
 
 def test_what_a_request_says_about_its_end_is_obeyed(load_tiny: LoadTiny, tiny_model: Path) -> None:
-    servable = Servable(AdaptedBase(load_tiny()), None, tiny_model)
+    servable = Servable(AdaptedBase(load_tiny()), tiny_model)
     servable.stop_ids = ()
     plain = [token.id for token in answer(servable, Sampling(max_tokens=12))[0]]
     last = plain.index(plain[5])
@@ -147,7 +148,7 @@ def test_what_a_request_says_about_its_end_is_obeyed(load_tiny: LoadTiny, tiny_m
 
 
 def test_the_likeliest_tokens_are_told_with_each(load_tiny: LoadTiny, tiny_model: Path) -> None:
-    servable = Servable(AdaptedBase(load_tiny()), None, tiny_model)
+    servable = Servable(AdaptedBase(load_tiny()), tiny_model)
     tokens, _ = answer(servable, Sampling(max_tokens=6, top_logprobs=3))
     assert all(token.top[0] == (token.id, token.logprob) for token in tokens)
     assert all(len(token.top) == 3 for token in tokens)
@@ -163,7 +164,7 @@ def test_a_second_wrap_after_a_failed_first_load_leaves_the_base_as_it_was(
     from tests.lora import add_lora
 
     host = AdaptedBase(load_tiny())
-    base, _ = answer(Servable(host, None, tiny_model), Sampling(max_tokens=8))
+    base, _ = answer(Servable(host, tiny_model), Sampling(max_tokens=8))
     broken = add_lora(tiny_model, tmp_path / "broken", 9)
     tensors = load_file(broken / "adapter_model.safetensors")
     moved = {name.replace("layers.0", "layers.7"): tensor for name, tensor in tensors.items()}
@@ -174,10 +175,10 @@ def test_a_second_wrap_after_a_failed_first_load_leaves_the_base_as_it_was(
     host.load(lora_folder(1), "one")
     with pytest.raises(ArtifactError, match="match no module"):
         host.load(broken, "broken")
-    one, _ = answer(Servable(host, "one", tiny_model), Sampling(max_tokens=8))
-    again, _ = answer(Servable(host, None, tiny_model), Sampling(max_tokens=8))
+    one, _ = answer(Servable(host, tiny_model, adapter="one"), Sampling(max_tokens=8))
+    again, _ = answer(Servable(host, tiny_model), Sampling(max_tokens=8))
     assert again == base != one
     host.unload("one")
     assert not any(isinstance(module, BaseTunerLayer) for module in host.model.modules())
     host.load(lora_folder(1), "one")
-    assert answer(Servable(host, "one", tiny_model), Sampling(max_tokens=8))[0] == one
+    assert answer(Servable(host, tiny_model, adapter="one"), Sampling(max_tokens=8))[0] == one

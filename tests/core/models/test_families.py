@@ -18,7 +18,8 @@ from core.data.tokenizer import Tokenizer
 from core.eval import nats
 from core.eval.logprobs import sequence_logprobs
 from core.eval.rows import Example, MicroBatch, collate_packed, collate_padded
-from core.infer.generate import Token, generate
+from core.infer.generate import generate
+from core.infer.progress import Token
 from core.infer.sampling import Sampling
 from core.model_folder import read_model_facts
 from core.models.adapt import load_adapter

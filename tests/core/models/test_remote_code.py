@@ -18,7 +18,8 @@ from core.eval.logprobs import sequence_logprobs
 from core.eval.nats import trained_nats
 from core.eval.rows import Example, collate_padded
 from core.infer.adapters import AdaptedBase
-from core.infer.generate import End, Token, generate
+from core.infer.generate import generate
+from core.infer.progress import End, Token
 from core.infer.sampling import Sampling
 from core.model_folder import read_model_facts, verify_code
 from core.models.load import LoadedBase, load_base

@@ -1,0 +1,181 @@
+"""LoRA adapters of a packed step: every token meets the base once, and the adapter of its own request on top.
+
+An adapter folder is read into plain tensors, without peft; its modules of the base get a hook that adds, row range by row
+range, what each request's adapter adds there (arXiv 2106.09685; DoRA, 2402.09353). Hooks stand on the base's own modules and
+do nothing outside a step, so peft can wrap the same modules beside them.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from core.errors import ArtifactError
+from core.models.adapt import ADAPTER_WEIGHTS
+from core.models.load import dequantized_weight
+from core.models.traces import Trace
+
+_PREFIX = "base_model.model."
+_UNDERSTOOD = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"})
+_WITHOUT_EFFECT = frozenset(  # on what a trained adapter computes
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "ensure_weight_tying",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_dropout",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "target_modules",
+        "task_type",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What an adapter does to one linear module: y becomes gain · y (without the bias) + up · down · x.
+
+    `down` fp32 [r, inputs]; `up` fp32 [outputs, r], alpha over rank multiplied in; `gain` fp32 [outputs], None for 1.
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    gain: torch.Tensor | None
+
+    @property
+    def kind(self) -> Literal["lora", "dora"]:
+        return "lora" if self.gain is None else "dora"
+
+
+@dataclass(frozen=True, eq=False)
+class LoraWeights:
+    """An adapter in memory: module path -> site. `digest` is its folder's."""
+
+    digest: str
+    sites: dict[str, Site]
+
+
+class LoraSites:
+    """The linear modules of one base, by path, and the adapters of the step that runs."""
+
+    def __init__(self, model: Any) -> None:
+        """`model` is the bare base, before anything is wrapped."""
+        self._linear = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        # It is given the last token of each request alone: rows that are not the step's.
+        self._head = model.get_output_embeddings()
+        self._hooked: set[str] = set()
+        self._segments: Sequence[tuple[int, int, LoraWeights]] = ()
+        self._traces: dict[str, Trace] | None = None
+
+    def read(self, folder: Path, digest: str) -> LoraWeights | None:
+        """Read an adapter folder; None where it asks for more than LoRA or DoRA below the head. Touches no module.
+
+        Raises ArtifactError for a file that can't be read, and for tensors that no module of the base takes, by name.
+        """
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text())
+            stored = load_file(folder / ADAPTER_WEIGHTS)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ArtifactError(f"{folder.name}: the adapter can't be read: {error}") from None
+        if config.get("peft_type") != "LORA" or _asks_more(config):
+            return None
+        paths = [name[len(_PREFIX) : -len(".lora_A.weight")] for name in stored if name.endswith(".lora_A.weight")]
+        if any(self._linear.get(path) is self._head for path in paths):
+            return None
+        strange = sorted(set(paths) - set(self._linear))
+        if strange:
+            raise ArtifactError(f"{folder.name}: the base has no linear module {strange[0]} ({len(strange)} are not there)")
+        sites = {path: self._site(folder, path, config, stored) for path in paths}
+        if stored:
+            raise ArtifactError(f"{folder.name}: {len(stored)} tensors belong to no module (first: {min(stored)})")
+        return LoraWeights(digest, sites)
+
+    def install(self, weights: LoraWeights) -> None:
+        """Make its modules ready. Between two steps."""
+        for path in weights.sites.keys() - self._hooked:
+            self._linear[path].register_forward_hook(self._hook(path))
+            self._hooked.add(path)
+
+    @contextmanager
+    def running(self, segments: Sequence[tuple[int, int, LoraWeights]]) -> Iterator[None]:
+        """Within the block rows `begin` to `end` of what modules are given belong to these adapters, all others to none."""
+        self._segments = segments
+        try:
+            yield
+        finally:
+            self._segments = ()
+
+    @contextmanager
+    def tracing(self) -> Iterator[dict[str, Trace]]:
+        """Fill a trace per module that an adapter changes, by path and in the order they are reached."""
+        self._traces = {}
+        try:
+            yield self._traces
+        finally:
+            self._traces = None
+
+    def _hook(self, path: str) -> Any:
+        def add(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            for begin, end, weights in self._segments:
+                site = weights.sites.get(path)
+                if site is not None:
+                    rows = output[:, begin:end]
+                    added = _added(site, module.bias, inputs[0][:, begin:end], rows)
+                    if self._traces is not None:
+                        self._traces.setdefault(path, Trace()).take(added, rows)
+                    rows.copy_(rows + added)
+            return output
+
+        return add
+
+    def _site(self, folder: Path, path: str, config: dict[str, Any], stored: dict[str, torch.Tensor]) -> Site:
+        linear, name = self._linear[path], _PREFIX + path
+        down, up = stored.pop(f"{name}.lora_A.weight"), stored.pop(f"{name}.lora_B.weight", None)
+        magnitude = stored.pop(f"{name}.lora_magnitude_vector", None)
+        rank = config["rank_pattern"].get(get_pattern_key(config["rank_pattern"], path), config["r"])
+        wanted = {"lora_A": (rank, linear.in_features), "lora_B": (linear.out_features, rank)}
+        found = {"lora_A": tuple(down.shape), "lora_B": None if up is None else tuple(up.shape)}
+        if up is None or found != wanted:
+            raise ArtifactError(f"{folder.name}: {path} has {found}, and rank {rank} there means {wanted}")
+        if (magnitude is None) == config["use_dora"]:
+            raise ArtifactError(f"{folder.name}: {path} {'lacks' if config['use_dora'] else 'has'} a magnitude vector")
+        alpha = config["alpha_pattern"].get(get_pattern_key(config["alpha_pattern"], path), config["lora_alpha"])
+        device = linear.weight.device
+        down, up = down.to(device, torch.float32), up.to(device, torch.float32)
+        up = up * (alpha / (math.sqrt(rank) if config["use_rslora"] else rank))
+        if magnitude is None:
+            return Site(down, up, None)
+        norm = torch.linalg.vector_norm(dequantized_weight(linear) + up @ down, dim=1)
+        gain = magnitude.to(device, torch.float32) / norm
+        return Site(down, gain[:, None] * up, gain)
+
+
+def _added(site: Site, bias: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """What the site adds to y [1, N, outputs], which the base makes of x [1, N, inputs]: fp32 [1, N, outputs]."""
+    added = (x.to(site.down.dtype) @ site.down.T) @ site.up.T
+    if site.gain is None:
+        return added
+    plain = y if bias is None else y - bias
+    return added + (site.gain - 1) * plain
+
+
+def _asks_more(config: dict[str, Any]) -> bool:
+    others = config.keys() - _UNDERSTOOD - _WITHOUT_EFFECT - {"init_lora_weights"}
+    # Any other start changes the base's weights too.
+    is_started_plainly = config.get("init_lora_weights", True) in (True, False, "gaussian")
+    return not is_started_plainly or any(config[name] not in (None, False, "none", {}, []) for name in others)
