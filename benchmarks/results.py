@@ -76,6 +76,14 @@ class Results:
         lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in (self._facts | {"case": case} | series).items()]
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
+    def text(self, case: str, text: str) -> Path:
+        """Store what is for people to read, such as a profile, under what it belongs to; answers where."""
+        path = self.path.parent / "profiles" / f"{self.path.stem}-{case}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = [f"{name}: {value}" for name, value in (self._facts | {"case": case}).items()]
+        path.write_text("\n".join([*facts, "", text]))
+        return path
+
 
 def _asked() -> list[str]:
     """The arguments that decide what is measured: where its file goes is not one, nor where on a machine its inputs lie."""

@@ -4,14 +4,18 @@ A case is shape/method/targets/documents. Every tier of it is one training child
 the job's own events say: from its rows to its weights. Short documents have some 130 tokens (log-normal), long ones some 2,048;
 the share that is prompt, and carries no loss, is uniform over 0.3 to 0.7. All documents of a step are in memory at once on the
 packed and fused tiers, and by nines on the plain one. Speed is the median over the steps after the fifth, of all real tokens;
-then the same tier trains one step's documents again and again, and the loss must fall.
+then the same tier trains one step's documents again and again, and the loss must fall. A tier that fails takes no other's rows
+with it. `--profile` leaves a text of where a step's time goes in results/profiles.
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +23,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.children import Rows, rows_of, said, short_lengths, train
-from benchmarks.results import FOLDER, Results
+from benchmarks.results import FOLDER, ROOT, Results
 from benchmarks.shapes import made
 from core.catalog import Tier
+from core.run import RUN_FILE
 from core.spec import JobSpec
-from tests.core.train.runs import write_cache
+from tests.core.train.runs import run_input, write_cache
 
 WARM_UP = 5
 TIMED = 30
@@ -63,18 +68,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--tiers", default=",".join(TIERS))
+    parser.add_argument("--profile", action="store_true", help="profile a few steps of each tier too, in a process of its own")
     parser.add_argument("--models", type=Path, help="where model folders are made, or stand already")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
     parser.add_argument("--commit", help="of the tree, where git can't say")
     arguments = parser.parse_args()
     failed = []
-    with tempfile.TemporaryDirectory(prefix="strop-train-") as folder:
-        work = Path(folder)
+    with tempfile.TemporaryDirectory(prefix="strop-train-") as temporary:
+        work = Path(temporary)
         for case in arguments.cases.split(","):
             model = (arguments.models or work) / case.split("/")[0]
             results = Results("train", made(case.split("/")[0], model), folder=arguments.out, commit=arguments.commit)
             for tier in arguments.tiers.split(","):
-                failed += _measure(results, case, tier, model, work / case.replace("/", "-") / tier)
+                folder = work / case.replace("/", "-") / tier
+                try:
+                    failed += _measure(results, case, tier, model, folder)
+                    if arguments.profile:
+                        failed += _profile(results, case, tier, model, folder)
+                except Exception as error:
+                    traceback.print_exc()
+                    failed.append(f"{case} on {tier}: {type(error).__name__}: {error}")
     if failed:
         sys.exit("; ".join(failed))
 
@@ -112,12 +125,29 @@ def _measure(results: Results, name: str, tier: Tier, model: Path, folder: Path)
     if peaks:
         results.add(row, "peak_allocated_gib", max(peaks), "GiB", better="lower", must=case.gib if is_judged else None)
     repeated = write_cache(folder / "repeated", documents(case.rows, length))
-    again, _ = train(model, repeated, spec_of(name, tier, REPEATED), folder / "again")
+    again, log = train(model, repeated, spec_of(name, tier, REPEATED), folder / "again")
     losses = [event.loss for event in again if event.kind == "step"]
+    if len(losses) < REPEATED:
+        return [*problems, f"{name} on {tier}, repeated documents: {'; '.join(said(again))}\n{log[-2000:]}"]
     results.add(row, "loss_fall_on_repeated_documents", losses[0] - losses[-1], "nats", better="higher", n=REPEATED)
     if not losses[-1] < losses[0]:
         problems.append(f"{name} on {tier}: the loss of repeated documents went from {losses[0]:.4f} to {losses[-1]:.4f}")
     return problems
+
+
+def _profile(results: Results, name: str, tier: Tier, model: Path, folder: Path) -> list[str]:
+    """Leave a profile of a few steps over the documents that were measured; what went wrong, in words."""
+    run_dir = folder / "profile"
+    run_dir.mkdir()
+    run = run_input(model, folder / "tokens", spec_of(name, tier, WARM_UP + TIMED)).model_copy(update={"device": "auto"})
+    (run_dir / RUN_FILE).write_text(run.model_dump_json())
+    program = [sys.executable, "-W", "ignore", "-m", "benchmarks.profile", str(run_dir), str(WARM_UP)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return [f"profile of {name} on {tier}: {done.stderr[-2000:]}"]
+    print(f"profile: {results.text(f'{name}/{tier}'.replace('/', '-'), done.stdout)}", flush=True)
+    return []
 
 
 def documents(count: int, length: str) -> Rows:

@@ -227,6 +227,13 @@ class MemoryEstimate(Record):
     total_gib: float
 
 
+class Refinement(Record):
+    """What finished runs of the same base model and method on this kind of device said of their plans."""
+
+    factor: float = Field(description="By which activations, logits and workspace are multiplied; bounded.")
+    runs: int = Field(description="Finished runs that it comes from.")
+
+
 class Knob(Record):
     """A change to a job that lowers its memory, by the plan of the changed job."""
 
@@ -249,6 +256,9 @@ class PlanRecord(Record):
     rows_at_once: int = Field(description="batch.micro_batch_size, or what auto comes to on the worker with the largest budget.")
     trainable_parameters: int
     memory: MemoryEstimate
+    refinement: Refinement | None = Field(
+        default=None, description="How measured peaks changed `memory`; null while no run of this kind has finished."
+    )
     budget_gib: float | None = Field(description="The largest memory budget among live workers; null when none is up.")
     fits: bool | None
     knobs: list[Knob] = Field(description="What would make a job fit that doesn't, best first; else empty.")

@@ -193,6 +193,8 @@ def finish_run(session: Session, claim: Claim, result: Result, message: str) -> 
     session.flush()
     reason = Reason.FINISHED
     _end_run(session, claim.job_id, claim.attempt, reason.facts.run, reason, message)
+    node = session.get(WorkerNode, claim.boot_id)
+    plans.record_peak(session, job.id, claim.attempt, claim.spec, jobs.job_tokens(session, job.id), node)
     return jobs.move(
         session,
         job,

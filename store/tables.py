@@ -333,6 +333,23 @@ class WorkerNode(Base):
     last_seen_at: Mapped[datetime] = _created()
 
 
+class MeasuredPeak(Base):
+    """The most memory that a finished run held, beside its plan. The operator's, as models are: it refines everyone's plans."""
+
+    __tablename__ = "measured_peak"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("job.id"), primary_key=True)
+    device: Mapped[str]
+    base_model: Mapped[str]
+    method: Mapped[str]
+    planned_gib: Mapped[float]
+    measured_gib: Mapped[float]
+    ratio: Mapped[float] = mapped_column(comment="core.plan.refine.ratio_of")
+    at: Mapped[datetime] = _created()
+
+    __table_args__ = (Index("ix_measured_peak_kind", "device", "base_model", "method", "at"),)
+
+
 class Outbox(Base):
     """Bells to ring: posted in the transaction that makes the work, removed by the claim that answers it."""
 

@@ -3,7 +3,7 @@
 Pure arithmetic over the spec, the model's config and the counts that the preparer stored; no weight, token or device is
 touched. The control plane asks it for `POST /jobs` (check_spec, plan) and `POST /jobs/plan` (both), a worker before it claims a
 job, the child for its number of steps. This is its face; `shape` and `work` say what there is to do, `memory` and `time` what
-that takes, `knobs` what would take less, `coefficients` holds what had to be measured.
+that takes, `refine` what finished runs say of that, `knobs` what would take less, `coefficients` holds what had to be measured.
 """
 
 from core.plan.check import check_spec

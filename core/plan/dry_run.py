@@ -1,11 +1,13 @@
 """The dry run of a job: steps, tokens, memory, time, what would make it fit, and what looks unwise."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from core.plan.coefficients import find_gpu
 from core.plan.knobs import Outlook, knobs_for, most_rows_at_once
 from core.plan.memory import estimate_memory
+from core.plan.refine import method_of, refined, refinement
 from core.plan.time import step_seconds
 from core.plan.work import Work, steps_of, work_of
 from core.records import Knob, MemoryEstimate, PlanRecord, TokenCounts
@@ -23,11 +25,13 @@ def plan(
     counts: list[TokenCounts] | None,
     budget_gib: float | None,
     gpu: str | None = None,
+    measured: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> PlanRecord:
     """The dry run of a spec that `check_spec` has passed.
 
     `counts` are those of all the job's datasets, or None while they are not known: rows count as long as they may be then.
-    `gpu` is a device's name. Steps are those of the engine as long as no held-out row has a twin: the engine takes equal rows
+    `gpu` is a device's name, `measured` what finished runs of the model said of their plans there: by `method_of`, the newest
+    first, what `ratio_of` gives. Steps are those of the engine as long as no held-out row has a twin: the engine takes equal rows
     out of training together, and a count does not know of them.
     """
     train_rows = eval_rows = steps = None
@@ -43,7 +47,8 @@ def plan(
 
     def outlook(of: JobSpec) -> Outlook:
         changed = work(of)
-        return estimate_memory(changed), None if kind is None else step_seconds(changed, kind)
+        memory = refined(estimate_memory(changed), refinement(measured.get(method_of(changed), ())))
+        return memory, None if kind is None else step_seconds(changed, kind)
 
     if spec.batch.micro_batch_size == "auto":
         decided = spec.batch.rows_at_once if budget_gib is None else most_rows_at_once(spec, budget_gib, outlook)
@@ -63,6 +68,7 @@ def plan(
         rows_at_once=spec.batch.rows_at_once,
         trainable_parameters=asked.trainable,
         memory=memory,
+        refinement=refinement(measured.get(method_of(asked), ())),
         budget_gib=budget_gib,
         fits=fits,
         knobs=knobs,

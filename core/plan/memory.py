@@ -48,6 +48,10 @@ def kept_per_token(work: Work, tier: Tier) -> float:
         return attention + _kept_by_fused(work)
     if shape.keeps_scores:  # capped, in the softmax's fp32, and what is multiplied with the values
         attention += shape.heads * work.longest * (2 * size + 4)
+    elif tier == "plain" and size == 4:
+        # In fp32 and with a mask no fused kernel was at work on an H100, as its peak tells (13.86 GiB, llama-1.1b/fp32 of
+        # benchmarks/memory.py): torch's plain product keeps the softmax, and keys and values spread over the queries' heads.
+        attention += 4 * (shape.heads * (work.longest - 1) + 2 * (shape.queries - shape.keys))
     kernels = tier == "packed" and work.has_kernels
     return attention + _kept_by_norms(work, kernels) + _kept_by_gate(work, kernels) + _kept_by_readers(work)
 

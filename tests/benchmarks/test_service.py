@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import service
+from benchmarks import children, service
 from benchmarks.train import CASES
 from core.data.tokenizer import Tokenizer
 from core.data.tokens import TokenCache
@@ -25,7 +25,7 @@ def test_rows_are_as_long_as_the_documents_they_stand_for(tiny: Path, tmp_path: 
 
 def test_a_job_and_the_child_alone_train_on_the_same_rows(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone: list[Path] = []
-    given = service.train
+    given = children.train
 
     def train(model: Path, cache: Path, *rest: object) -> object:
         alone.append(cache)
@@ -42,6 +42,6 @@ def test_a_job_and_the_child_alone_train_on_the_same_rows(tiny: Path, tmp_path: 
     share = found["service/tiny/lora/all/short", "share_of_bare"]
     speeds = [found[share["case"], f"{which}tokens_per_second"]["value"] for which in ("", "bare_")]
     assert share["value"] == pytest.approx(speeds[0] / speeds[1])
-    assert (share["must"], share["aim"], share["n"]) == (0.97, 0.99, 4)
+    assert (share["must"], share["n"]) == (None, 4), "the target is one GPU's"
     assert found["ready/tiny", "claimed_to_first_step_seconds"]["value"] > 0
     assert len(alone) == 1

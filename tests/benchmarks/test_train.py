@@ -1,14 +1,19 @@
 """benchmarks.train: the work it says, on the tier it says, or no number."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import train
+from benchmarks import children, train
+from benchmarks.profile import Span, busy_microseconds, report
 from benchmarks.train import CASES, TIERS, documents, main, spec_of
+from core.events import ChildEvent
+from core.spec import JobSpec
+from tests.core.train.runs import write_cache
 
 
 @pytest.mark.parametrize(("length", "mean", "longest"), [("short", 130, 512), ("long", 2048, 4096)])
@@ -56,3 +61,46 @@ def test_a_run_on_another_tier_gives_no_number(monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(SystemExit, match=r"on fused: plain: batch\.packing is off"):
         run(monkeypatch, tmp_path, "--tiers", "fused")
     assert list(tmp_path.glob("*.json")) == []
+
+
+def test_a_tier_that_fails_leaves_the_rows_of_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = children.train
+
+    def failing(model: Path, cache: Path, spec: JobSpec, run_dir: Path) -> tuple[list[ChildEvent], str]:
+        if spec.memory.fused_layers:
+            raise OSError("the child could not be started")
+        return given(model, cache, spec, run_dir)
+
+    monkeypatch.setattr(train, "train", failing)
+    with pytest.raises(SystemExit, match="on fused: OSError: the child could not be started"):
+        run(monkeypatch, tmp_path, "--tiers", "fused,packed")
+    (file,) = tmp_path.glob("train-*.json")
+    assert {row["case"] for row in json.loads(file.read_text())["rows"]} == {"tiny/lora/all/short/packed"}
+
+
+def test_a_profile_is_left_beside_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(train, "_measure", lambda results, name, tier, model, folder: _write_tokens(folder))
+    monkeypatch.setattr(
+        sys, "argv", ["train", "--cases", "tiny/lora/all/short", "--tiers", "packed", "--profile", "--out", str(tmp_path)]
+    )
+    main()
+    (file,) = (tmp_path / "profiles").glob("train-*-tiny-lora-all-short-packed.txt")
+    text = file.read_text()
+    assert "command: python -m benchmarks.train --cases tiny/lora/all/short --tiers packed --profile" in text
+    assert re.search(r"^3 steps, [0-9.]+ ms each$", text, re.M)
+    assert "aten::mm" in text
+
+
+def _write_tokens(folder: Path) -> list[str]:
+    write_cache(folder / "tokens", documents(18 * 40, "short"))
+    return []
+
+
+def test_a_profile_says_how_busy_the_gpu_was_and_with_what() -> None:
+    kernels = [Span("gemm", 0, 4000), Span("norm", 3000, 5000), Span("gemm", 8000, 10_000)]
+    assert busy_microseconds(kernels) == 7000
+    text = report(kernels, [("aten::mm", 500.0, 4)], launches=3, steps=2, wall_seconds=0.01)
+    assert "2 steps, 5.0 ms each, the GPU busy for 70.0% of the time" in text
+    assert "2 kernels and copies a step, by 2 launches" in text
+    assert re.search(r"3\.000 +60\.0% +1\.0  gemm", text)
+    assert text.index("gemm") < text.index("norm") < text.index("aten::mm")

@@ -3,14 +3,18 @@
 from typing import Any
 
 import pytest
+from sqlalchemy import func, select
 
-from core.records import TokenCounts
+from core.adapter import AdapterFacts
+from core.events import Started, Step, TrainEvent, Warned
+from core.records import PlanRecord, TokenCounts
 from core.spec import JobSpec
 from core.states import JobStatus, Reason
 from store import jobs, nodes, outbox, plans, preparation, runs
 from store.db import Database
-from store.tables import DEFAULT_PROJECT, Dataset, Job, Model, Outbox, WorkerNode
-from tests.core.plan.jobs import LLAMA_7B, PARAMETERS_7B
+from store.events import next_seq
+from store.tables import DEFAULT_PROJECT, Dataset, Job, MeasuredPeak, Model, Outbox, WorkerNode
+from tests.core.plan.jobs import H100, LLAMA_7B, PARAMETERS_7B
 
 DATASET = "ds_dddddddddddd"
 SPEC = JobSpec.model_validate(
@@ -43,16 +47,16 @@ def counts(length: int) -> TokenCounts:
 
 def worker(database: Database, boot_id: str, budget_gib: float | None) -> None:
     with database.transaction() as session:
-        nodes.register(
-            session, boot_id=boot_id, name=boot_id, queues=["gpu"], device="NVIDIA H100 80GB HBM3", budget_gib=budget_gib
-        )
+        nodes.register(session, boot_id=boot_id, name=boot_id, queues=["gpu"], device=H100, budget_gib=budget_gib)
 
 
-def prepared(database: Database, length: int) -> str:
+def prepared(database: Database, length: int, spec: JobSpec = SPEC) -> str:
     """A job whose rows have been tokenised, queued or not."""
     with database.transaction() as session:
-        job, _ = jobs.create_job(session, DEFAULT_PROJECT, SPEC, dataset_digests={DATASET: "s"}, tokenizer="t")
+        job, _ = jobs.create_job(session, DEFAULT_PROJECT, spec, dataset_digests={DATASET: "s"}, tokenizer="t")
         job_id = job.id
+        if job.status == JobStatus.QUEUED:  # an earlier job's tokens serve
+            return job_id
     with database.transaction() as session:
         claim = preparation.claim_job(session, job_id, boot_id="p", lease_seconds=60)
         assert claim is not None
@@ -124,3 +128,63 @@ def test_auto_comes_to_what_a_worker_has_room_for(database: Database) -> None:
     assert small is not None
     assert large > small >= 1
     assert unknown == 4
+
+
+def finished(database: Database, measured_gib: float, *, said: tuple[TrainEvent, ...] = (), spec: JobSpec = SPEC) -> None:
+    """A run of the job to its end, whose largest peak is `measured_gib`."""
+    job_id = prepared(database, 512, spec)
+    claim = take(database, job_id, "large")
+    assert claim is not None
+    started: dict[str, Any] = {"device": H100, "precision": "bf16", "total_steps": 2, "first_step": 1, "example": []}
+    started |= {"train_rows": 100, "eval_rows": 0, "trainable_parameters": 1, "total_parameters": 2, "tier": "packed"}
+    step: dict[str, Any] = {"epoch": 0.1, "loss": 1.0, "learning_rate": 1e-4, "grad_norm": 1.0, "tokens": 9, "trained_tokens": 4}
+    step |= {"tokens_per_second": 1.0, "step_seconds": 1.0, "eta_seconds": 0.0, "allocated_gib": 1.0, "reserved_gib": 90.0}
+    peaks = (measured_gib - 1, measured_gib)
+    steps = [Step(**step, step=number, peak_allocated_gib=peak, rss_gib=99.0) for number, peak in enumerate(peaks, 1)]
+    events = [Started(**started), *said, *steps]
+    facts = AdapterFacts.model_construct()
+    with database.transaction() as session:
+        first = next_seq(session, job_id, claim.attempt)
+        runs.record_events(session, claim, [event.model_copy(update={"seq": first + n}) for n, event in enumerate(events)])
+        runs.finish_run(session, claim, runs.Result("s", 1, facts), "done")
+
+
+def plan_on(database: Database, device: str) -> PlanRecord:
+    with database.transaction() as session:
+        found = plans.plan_job(session, SPEC, [counts(512)], WorkerNode(device=device, budget_gib=78.0))
+    assert found is not None
+    return found
+
+
+def test_a_finished_run_refines_the_plans_of_its_kind_on_its_kind_of_device(database: Database) -> None:
+    worker(database, "large", 78.0)
+    before = plan_on(database, H100)
+    assert before.refinement is None
+    finished(database, before.memory.total_gib + 2)
+    after = plan_on(database, H100)
+    assert after.memory.total_gib == pytest.approx(before.memory.total_gib + 2)
+    assert after.refinement is not None
+    assert after.refinement.runs == 1
+    assert plan_on(database, "NVIDIA A100").memory == before.memory
+
+    finished(database, before.memory.total_gib + 1)
+    assert plan_on(database, H100).memory == after.memory, "the highest counts, and is measured against the plan as it was"
+    for _ in range(8):
+        finished(database, before.memory.total_gib - 0.5)
+    assert plan_on(database, H100).memory.total_gib == pytest.approx(before.memory.total_gib - 0.5), "the newest eight"
+
+
+@pytest.mark.parametrize("why", ["other tier", "halved", "auto"])
+def test_a_run_that_was_not_as_planned_refines_nothing(database: Database, why: str) -> None:
+    worker(database, "large", 78.0)
+    before = plan_on(database, H100)
+    said: tuple[TrainEvent, ...] = (Warned(code="micro_batch_halved", message="m"),) if why == "halved" else ()
+    spec = SPEC
+    if why == "other tier":
+        spec = JobSpec.model_validate(SPEC.model_dump() | {"memory": {"fused_layers": True}})  # planned fused, ran packed
+    elif why == "auto":
+        spec = JobSpec.model_validate(SPEC.model_dump() | {"batch": {"micro_batch_size": "auto", "rows_per_step": 16}})
+    finished(database, before.memory.total_gib + 2, said=said, spec=spec)
+    assert plan_on(database, H100) == before
+    with database.transaction() as session:
+        assert session.scalar(select(func.count()).select_from(MeasuredPeak)) == 0

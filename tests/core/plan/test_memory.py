@@ -1,14 +1,25 @@
 """Memory of a 7B, part by part, against numbers worked out by hand."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.memory import _rows, spec_of_case
+from benchmarks.results import FOLDER
+from benchmarks.shapes import config_of
+from core.data.tokens import TokenCache
+from core.eval.layout import Padded
 from core.plan.coefficients import Coefficients
 from core.plan.memory import GIB, estimate_memory, kept_per_token
+from core.plan.work import work_of
 from core.records import MemoryEstimate
 from core.spec import JobSpec
+from core.train.batches import TrainingRows, WeightedRows
 from tests.core.plan.jobs import PARAMETERS_7B, counted, equal, spec, work
+from tests.core.train.runs import write_cache
 
 LINEAR = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
 HEAD = 32000 * 4096
@@ -164,3 +175,31 @@ def test_a_packed_run_is_first_compared_with_the_plain_tier() -> None:
 )
 def test_more_takes_more(less: dict[str, Any], more: dict[str, Any]) -> None:
     assert memory(spec(**less)).total_gib < memory(spec(**more)).total_gib
+
+
+def test_attention_in_fp32_keeps_its_scores_and_comes_to_what_an_h100_took(tmp_path: Path) -> None:
+    """llama-1.1b/fp32 of benchmarks/memory.py, planned for the largest of the micro-batches that it trained on."""
+    job = spec_of_case("fp32")
+    cache = TokenCache.open(write_cache(tmp_path / "cache", _rows(14 * 32)))
+    rows = TrainingRows([WeightedRows(cache, 1.0)], eval_rows=0, batch=job.batch, seed=job.seed)
+    parts = [part for step in range(1, 15) for part in Padded(4).split(rows.step_rows(step))]
+    held, trained = max((len(part) * max(row.longest for row in part), sum(row.trained_tokens for row in part)) for part in parts)
+    of = work_of(
+        job,
+        architecture="LlamaForCausalLM",
+        parameters=1_100_048_384,
+        config=config_of("llama-1.1b"),
+        counts=None,
+        steps=14,
+    )
+    assert (of.tier, of.held_tokens, of.longest) == ("plain", held, 512)
+    of = replace(of, held_trained=trained)
+    found = estimate_memory(of).total_gib
+    measured = next(
+        row["value"]
+        for row in json.loads((FOLDER / "memory-nvidia-h100-80gb-hbm3.json").read_text())["rows"]
+        if (row["case"], row["metric"]) == ("llama-1.1b/fp32", "peak_allocated_gib")
+    )
+    assert found == pytest.approx(measured, rel=0.02)
+    without = estimate_memory(replace(of, shape=replace(of.shape, keys=2048), longest=1)).total_gib
+    assert without < 0.85 * measured, "most of the difference are the scores"

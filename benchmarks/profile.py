@@ -1,0 +1,93 @@
+"""Where a step's time goes: the training loop under torch's profiler, in a process that `benchmarks.train --profile` starts.
+
+Nothing of the product knows of it: the loop is a generator of events, and the profiler is started after one step and stopped
+after a later one. A profiled step is slower than another, the host's part of it most of all; read the shares, not the seconds.
+"""
+
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.run import read_run_input
+
+PROFILED = 3
+_SHOWN = 25
+_SHOWN_HOST = 10
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+_NAME = 100
+
+
+@dataclass(frozen=True)
+class Span:
+    """One kernel on the device, or one call on the host, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+def main(run_dir: Path, warm_up: int) -> None:
+    """Train the run in `run_dir` for its warm-up and the profiled steps; the report goes to stdout's last lines."""
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    from core.train.loop import train
+
+    on_gpu = torch.cuda.is_available()
+    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
+    began = 0.0
+    events = train(read_run_input(run_dir), run_dir, lambda: False)
+    for event in events:
+        if event.kind == "step" and event.step in (warm_up, warm_up + PROFILED):
+            if on_gpu:
+                torch.cuda.synchronize()
+            if event.step > warm_up:
+                break
+            profiler.start()
+            began = time.perf_counter()
+    wall = time.perf_counter() - began
+    profiler.stop()
+    events.close()
+    kernels, launches = [], 0
+    for found in profiler.events():
+        if found.device_type == DeviceType.CUDA and not found.is_user_annotation:
+            kernels.append(Span(found.name, found.time_range.start, found.time_range.end))
+        launches += found.name.startswith(_LAUNCHES)
+    host = [(average.key, average.self_cpu_time_total, average.count) for average in profiler.key_averages()]
+    print(report(kernels, host, launches=launches, steps=PROFILED, wall_seconds=wall))
+
+
+def report(kernels: list[Span], host: Iterable[tuple[str, float, int]], *, launches: int, steps: int, wall_seconds: float) -> str:
+    """`host` is (operator, its own microseconds, calls) over all profiled steps."""
+    lines = [f"{steps} steps, {wall_seconds / steps * 1e3:.1f} ms each"]
+    if kernels:
+        busy = busy_microseconds(kernels) / 1e6
+        lines[0] += f", the GPU busy for {busy / wall_seconds:.1%} of the time"
+        lines.append(f"{len(kernels) / steps:.0f} kernels and copies a step, by {launches / steps:.0f} launches of the host")
+        taken: dict[str, list[float]] = {}
+        for kernel in kernels:
+            taken.setdefault(kernel.name, []).append(kernel.end - kernel.start)
+        lines += ["", "kernels by time: ms a step, share of the step, calls a step"]
+        for name, times in sorted(taken.items(), key=lambda item: -sum(item[1]))[:_SHOWN]:
+            each = sum(times) / 1e3 / steps
+            lines.append(f"{each:9.3f}  {sum(times) / 1e6 / wall_seconds:6.1%}  {len(times) / steps:7.1f}  {name[:_NAME]}")
+    lines += ["", "host's operators by their own time: ms a step, calls a step"]
+    for name, microseconds, calls in sorted(host, key=lambda item: -item[1])[:_SHOWN_HOST]:
+        lines.append(f"{microseconds / 1e3 / steps:9.3f}  {calls / steps:7.1f}  {name[:_NAME]}")
+    return "\n".join(lines)
+
+
+def busy_microseconds(kernels: list[Span]) -> float:
+    """Time in which at least one of them ran."""
+    busy, until = 0.0, float("-inf")
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        busy += max(0.0, kernel.end - max(kernel.start, until))
+        until = max(until, kernel.end)
+    return busy
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
