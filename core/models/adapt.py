@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from core.errors import ArtifactError, BadSpec
@@ -138,6 +139,10 @@ def load_adapter(base_model: Any, folder: Path, adapter_name: str) -> PeftModel:
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise ArtifactError(f"{folder.name}: no {ADAPTER_WEIGHTS}")
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ArtifactError(f"{folder.name}/{ADAPTER_WEIGHTS} can't be read: {error}") from None
     device = str(base_model.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # below it is an error
@@ -152,7 +157,6 @@ def load_adapter(base_model: Any, folder: Path, adapter_name: str) -> PeftModel:
                 )
         except KeyError as error:
             raise ArtifactError(f"{folder.name}: the adapter's config asks for {error}, which is not in the file") from None
-    stored = load_file(path)
     loaded = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
     missing = sorted(set(loaded) - set(stored))
     unmatched = sorted(set(stored) - set(loaded))
