@@ -31,8 +31,9 @@ from core.tuning import Shapes, match_patterns, mora_size, tuning_problems
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+PREFIX = "base_model.model."
+"""What peft puts before a module's path in the keys of an adapter's weights."""
 _TRAINED = "default"
-_PREFIX = "base_model.model."
 
 
 def attach_adapter(model: Any, tuning: LoraTuning | MoraTuning, model_name: str) -> PeftModel:
@@ -88,10 +89,10 @@ def save_lora(model: PeftModel, folder: Path) -> None:
         down, up = as_lora(layer, _TRAINED)
         alphas[path] = _alpha(layer)
         ranks[path] = _rank(layer)
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = down
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = up
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = down
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = up
     for path, wrapper in trained_modules(model.get_base_model()).items():
-        for name, original in wrapper.original_module.named_parameters(prefix=_PREFIX + path):
+        for name, original in wrapper.original_module.named_parameters(prefix=PREFIX + path):
             tensors[name] = tensors[name].to(original.dtype)
     # A copy each: the format refuses shared memory, and a tied embedding stands under two names.
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
