@@ -4,6 +4,7 @@ An adapter is a folder that peft (for LoRA) or transformers (for a full model) r
 template, training config and `parity.json` beside the weights, closed by a manifest. Its content digest is its version.
 """
 
+from statistics import fmean
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -42,6 +43,20 @@ class BaseIdentity(BaseModel):
         return f"{self.model} (weights {self.weights[:12]}, quantization {self.quantization}, compute {self.compute_dtype})"
 
 
+class ParitySummary(BaseModel):
+    """What a parity record holds, in short, for people. Losses are nats per token over all probes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    probes: int
+    tokens: int
+    loss: float
+    base_loss: float | None = Field(description="Of the bare base; null where new tokens keep it from being asked.")
+    modules: int = Field(description="That the adapter changes; 0 for a full model.")
+    inert: list[str] = Field(description="Modules whose weights add nothing.")
+
+
 class AdapterFacts(BaseModel):
     """The `facts` of an adapter's manifest."""
 
@@ -49,12 +64,13 @@ class AdapterFacts(BaseModel):
 
     tuning: Literal["lora", "mora", "full"]
     base: BaseIdentity
-    job_id: str
+    job_id: str | None = Field(description="Null for an adapter that was trained elsewhere and imported.")
     attempt: int
     step: int
     rank: int | None = Field(description="Largest LoRA rank in the folder; null for a full model.")
     template: str = Field(description="Digest of the chat template it was trained with.")
     eval_loss: float | None
+    parity: ParitySummary | None = Field(default=None, description="Null for results from before version 2 of the record.")
 
 
 class ParityProbe(BaseModel):
@@ -134,6 +150,20 @@ class ParityRecord(BaseModel):
     template: str = Field(description="Digest of the chat template.")
     modules: list[ModuleTrace] = Field(description="In the order that a token meets them; none for a full model.")
     probes: list[Probe] = Field(min_length=1)
+
+    def summary(self) -> ParitySummary:
+        logprobs = [value for probe in self.probes for value in probe.logprobs]
+        base_logprobs = [value for probe in self.probes for value in probe.base_logprobs]
+        is_whole = len(base_logprobs) == len(logprobs)
+        return ParitySummary(
+            device=self.device,
+            probes=len(self.probes),
+            tokens=len(logprobs),
+            loss=-fmean(logprobs),
+            base_loss=-fmean(base_logprobs) if is_whole else None,
+            modules=len(self.modules),
+            inert=[module.path for module in self.modules if module.inert],
+        )
 
 
 _RECORDS: TypeAdapter[ParityRecordV1 | ParityRecord] = TypeAdapter(

@@ -5,7 +5,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from core.adapter import BaseIdentity
+from core.adapter import BaseIdentity, ParitySummary
 from core.spec import DATA_KINDS, DataKind, JobSpec, Objective
 from core.states import DatasetStatus, JobStatus, Phase, Reason, RunStatus
 
@@ -183,12 +183,13 @@ class AdapterVersionRecord(Record):
     version: int
     sha256: str
     bytes: int
-    job_id: str
+    job_id: str | None = Field(description="Null for an adapter that was imported.")
     tuning: Literal["lora", "mora", "full"]
     base: BaseIdentity
     step: int
     eval_loss: float | None
     deployed: bool
+    parity: ParitySummary | None = Field(description="What was measured when it was made; endpoints are held to it.")
     servable_on: list[str] = Field(description="Endpoints whose receipts all passed.")
     receipts: list[ReceiptRecord]
     created_at: datetime

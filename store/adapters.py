@@ -1,4 +1,5 @@
-"""Adapters and checkpoints as the control plane sees them: read, list, deploy, undeploy. Publishing is in `store/runs.py`.
+"""Adapters and checkpoints as the control plane sees them: read, list, deploy, undeploy. Publishing a job's
+result is in `store/runs.py`.
 
 Deploying only states a wish. Endpoints hear of it by NOTIFY when the transaction commits (and look every few seconds in any
 case), check the version against its parity record, and leave receipts; `servable_on` is what they said.
@@ -13,6 +14,7 @@ from sqlalchemy.orm import Session
 from core.adapter import AdapterFacts
 from core.errors import NotFound
 from core.records import AdapterRecord, AdapterVersionRecord, CheckpointRecord, ReceiptRecord
+from store.ids import new_id
 from store.nodes import LIVE_SECONDS
 from store.tables import Adapter, AdapterVersion, Checkpoint, Deployment, Endpoint, Receipt
 
@@ -53,6 +55,30 @@ def list_adapters(session: Session, project_id: str, *, cursor: str | None = Non
             (Adapter.created_at < last.created_at) | ((Adapter.created_at == last.created_at) & (Adapter.id < last.id))
         )
     return list(session.scalars(query.order_by(Adapter.created_at.desc(), Adapter.id.desc()).limit(limit + 1)))
+
+
+def add_version(
+    session: Session, project_id: str, name: str, *, job_id: str | None, sha256: str, size: int, facts: AdapterFacts
+) -> AdapterVersion:
+    """A stored folder becomes the next version of an adapter, which is made where there is none of the name."""
+    adapter = session.scalar(select(Adapter).where(Adapter.project_id == project_id, Adapter.name == name).with_for_update())
+    if adapter is None:
+        adapter = Adapter(id=new_id("ada"), project_id=project_id, name=name)
+        session.add(adapter)
+        session.flush()
+    last = session.scalar(select(func.max(AdapterVersion.version)).where(AdapterVersion.adapter_id == adapter.id))
+    version = AdapterVersion(
+        adapter_id=adapter.id,
+        version=(last or 0) + 1,
+        project_id=project_id,
+        sha256=sha256,
+        bytes=size,
+        job_id=job_id,
+        facts=facts.model_dump(mode="json"),
+    )
+    session.add(version)
+    session.flush()
+    return version
 
 
 def deploy(session: Session, project_id: str, adapter_id: str, version: int | None) -> int:
@@ -165,6 +191,7 @@ def _version_record(row: AdapterVersion, deployed: bool, receipts: list[Receipt]
         step=facts.step,
         eval_loss=facts.eval_loss,
         deployed=deployed,
+        parity=facts.parity,
         servable_on=sorted(set(passed.values())),
         receipts=[
             ReceiptRecord(endpoint=r.endpoint_name, check=r.check, passed=r.passed, numbers=r.numbers, at=r.at)

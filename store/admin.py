@@ -1,4 +1,4 @@
-"""The operator's commands: `python -m store.admin init|migrate|models|keys`. What they do is never offered over REST.
+"""The operator's commands: `python -m store.admin init|migrate|models|adapters|keys`. What they do is never offered over REST.
 
 Everything can be repeated. A secret is printed once, when `keys create` makes it; the first key of an embedded service goes
 into a file that only its owner reads.
@@ -13,14 +13,15 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, get_args
 
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import OperationalError
 
+from core.adapter import Quantization
 from core.errors import ArtifactError, InvalidInput, UserError
 from core.model_folder import read_model_facts
-from store import audit, keys, models, schema
+from store import audit, imports, keys, models, schema
 from store.db import Database, database_url
 from store.settings import Settings, get_settings
 from store.tables import DEFAULT_PROJECT, Project
@@ -108,6 +109,11 @@ def show_models(settings: Settings, _: argparse.Namespace) -> None:
         database.close()
 
 
+def import_adapter(settings: Settings, parsed: argparse.Namespace) -> None:
+    version = imports.import_adapter(settings, parsed)
+    _say(f"{version.adapter_id}: version {version.version} is imported; POST /adapters/{version.adapter_id}/deploy serves it")
+
+
 def create_key(settings: Settings, parsed: argparse.Namespace) -> None:
     lifetime = None if parsed.expires_days is None else timedelta(days=parsed.expires_days)
     scopes = [scope.strip() for scope in parsed.scopes.split(",") if scope.strip()]
@@ -166,6 +172,18 @@ def _parser() -> argparse.ArgumentParser:
         help="the Python files in the model's folder may run on workers and endpoints; for architectures strop doesn't know",
     )
     add.set_defaults(command=add_model)
+
+    of_adapters = commands.add_parser("adapters", help="adapters").add_subparsers(required=True, metavar="COMMAND")
+    bring = of_adapters.add_parser("import", help="take over a LoRA adapter that peft saved; needs the engine installed")
+    bring.add_argument("folder", metavar="FOLDER", help="with adapter_config.json and adapter_model.safetensors")
+    bring.add_argument("--base", required=True, help="registered name of the model it was trained on")
+    bring.add_argument("--name", help="of the adapter; default: the folder's. A known name gets a new version")
+    bring.add_argument("--project", default=DEFAULT_PROJECT)
+    bring.add_argument("--quantization", choices=get_args(Quantization), default="none", help="of the base, in training")
+    bring.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="of the base, in training")
+    bring.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to measure it on")
+    bring.add_argument("--texts", metavar="FILE", help="a text a line, to measure it on; default: a few built-in ones")
+    bring.set_defaults(command=import_adapter)
 
     of_keys = commands.add_parser("keys", help="API keys").add_subparsers(required=True, metavar="COMMAND")
     of_keys.add_parser("list", help="id, name, scopes, state, last use").set_defaults(command=show_keys)

@@ -19,8 +19,9 @@ from core.events import PhaseChanged, Started, StatusChanged, Step, TrainEvent
 from core.spec import JobSpec, upgrade_spec
 from core.states import MAX_LOST, JobStatus, Reason, Retry, RunStatus
 from store import events, jobs, outbox, plans
+from store.adapters import add_version
 from store.ids import new_id
-from store.tables import Adapter, AdapterVersion, Checkpoint, Job, Run, WorkerNode
+from store.tables import Checkpoint, Job, Run, WorkerNode
 
 log = logging.getLogger(__name__)
 
@@ -172,25 +173,9 @@ def finish_run(session: Session, claim: Claim, result: Result, message: str) -> 
     """Publish: run, adapter version and job in one transaction under the fence, so exactly once. Raises FenceLost."""
     job = _lock(session, claim)
     name = claim.spec.adapter_name or job.id.replace("_", "-")
-    adapter = session.scalar(select(Adapter).where(Adapter.project_id == job.project_id, Adapter.name == name).with_for_update())
-    if adapter is None:
-        adapter = Adapter(id=new_id("ada"), project_id=job.project_id, name=name)
-        session.add(adapter)
-        session.flush()
-    last = session.scalar(select(func.max(AdapterVersion.version)).where(AdapterVersion.adapter_id == adapter.id))
-    version = (last or 0) + 1
-    session.add(
-        AdapterVersion(
-            adapter_id=adapter.id,
-            version=version,
-            project_id=job.project_id,
-            sha256=result.sha256,
-            bytes=result.bytes,
-            job_id=job.id,
-            facts=result.facts.model_dump(mode="json"),
-        )
+    version = add_version(
+        session, job.project_id, name, job_id=job.id, sha256=result.sha256, size=result.bytes, facts=result.facts
     )
-    session.flush()
     reason = Reason.FINISHED
     _end_run(session, claim.job_id, claim.attempt, reason.facts.run, reason, message)
     node = session.get(WorkerNode, claim.boot_id)
@@ -201,8 +186,8 @@ def finish_run(session: Session, claim: Claim, result: Result, message: str) -> 
         JobStatus.SUCCEEDED,
         reason=reason,
         message=message,
-        adapter_id=adapter.id,
-        adapter_version=version,
+        adapter_id=version.adapter_id,
+        adapter_version=version.version,
     )
 
 

@@ -251,7 +251,10 @@ class Adapter(Base):
 
 
 class AdapterVersion(Base):
-    """An immutable result: files under adapters/<sha256>. One per job at most, which makes publishing an exactly-once effect."""
+    """An immutable result: files under adapters/<sha256>. One per job at most, which makes publishing an exactly-once effect.
+
+    An imported one has no job.
+    """
 
     __tablename__ = "adapter_version"
 
@@ -260,7 +263,7 @@ class AdapterVersion(Base):
     project_id: Mapped[str] = _project()
     sha256: Mapped[str]
     bytes: Mapped[int] = mapped_column(BigInteger)
-    job_id: Mapped[str] = mapped_column(ForeignKey("job.id"), unique=True)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("job.id"), unique=True)
     facts: Mapped[dict[str, Any]]
     created_at: Mapped[datetime] = _created()
 

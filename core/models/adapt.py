@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from core.errors import ArtifactError, BadSpec
@@ -30,8 +31,9 @@ from core.tuning import Shapes, match_patterns, mora_size, tuning_problems
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+PREFIX = "base_model.model."
+"""What peft puts before a module's path in the keys of an adapter's weights."""
 _TRAINED = "default"
-_PREFIX = "base_model.model."
 
 
 def attach_adapter(model: Any, tuning: LoraTuning | MoraTuning, model_name: str) -> PeftModel:
@@ -87,10 +89,10 @@ def save_lora(model: PeftModel, folder: Path) -> None:
         down, up = as_lora(layer, _TRAINED)
         alphas[path] = _alpha(layer)
         ranks[path] = _rank(layer)
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = down
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = up
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = down
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = up
     for path, wrapper in trained_modules(model.get_base_model()).items():
-        for name, original in wrapper.original_module.named_parameters(prefix=_PREFIX + path):
+        for name, original in wrapper.original_module.named_parameters(prefix=PREFIX + path):
             tensors[name] = tensors[name].to(original.dtype)
     # A copy each: the format refuses shared memory, and a tied embedding stands under two names.
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
@@ -138,6 +140,10 @@ def load_adapter(base_model: Any, folder: Path, adapter_name: str) -> PeftModel:
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise ArtifactError(f"{folder.name}: no {ADAPTER_WEIGHTS}")
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ArtifactError(f"{folder.name}/{ADAPTER_WEIGHTS} can't be read: {error}") from None
     device = str(base_model.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # below it is an error
@@ -152,7 +158,6 @@ def load_adapter(base_model: Any, folder: Path, adapter_name: str) -> PeftModel:
                 )
         except KeyError as error:
             raise ArtifactError(f"{folder.name}: the adapter's config asks for {error}, which is not in the file") from None
-    stored = load_file(path)
     loaded = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
     missing = sorted(set(loaded) - set(stored))
     unmatched = sorted(set(stored) - set(loaded))

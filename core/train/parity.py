@@ -21,8 +21,8 @@ from core.models.adapt import load_adapter
 from core.models.load import load_base
 from core.models.traces import Touched, Trace, touched_modules
 
-_PROBES = 16
-_TOKENS = 128
+PROBES = 16
+PROBE_TOKENS = 128
 _CONTEXT = 64
 _TOP = 8
 
@@ -30,10 +30,10 @@ _TOP = 8
 def probe_sequences(rows: Sequence[Row]) -> list[Known]:
     """The first rows, cut to 128 tokens of which at most 64 stand before the first trained one."""
     probes = []
-    for ids, mask in rows[:_PROBES]:
+    for ids, mask in rows[:PROBES]:
         first = 1 + int(np.argmax(mask[1:] != 0))
         begin = max(0, first - _CONTEXT)
-        probes.append((ids[begin : begin + _TOKENS].tolist(), first - begin))
+        probes.append((ids[begin : begin + PROBE_TOKENS].tolist(), first - begin))
     return probes
 
 

@@ -15,6 +15,7 @@ from core.adapter import ADAPTER_KIND, PARITY_FILE, AdapterFacts
 from core.data.template import choose_template
 from core.manifest import closed_folder
 from core.models.adapt import save_full, save_lora, save_tokenizer, saved_rank
+from core.models.canonical import check_keys
 from core.models.load import DTYPES
 from core.models.merge import fold_trained
 from core.run import RunInput
@@ -46,9 +47,11 @@ def write_result(training: Training, run: RunInput, folder: Path, *, step: int, 
         uninstall_fused(training.model)  # weights that are cast or folded would leave the joined matrices standing beside them
     examples = training.rows.eval_rows or [training.rows.first_row()]
     sequences = probe_sequences([example.sequences[0] for example in examples])
-    with plain_attention(training.model), closed_folder(folder, ADAPTER_KIND, facts.model_dump(mode="json")) as draft:
+    closing = facts.model_dump(mode="json")
+    with plain_attention(training.model), closed_folder(folder, ADAPTER_KIND, closing) as draft:
         if is_adapter:
             save_lora(training.model, draft)
+            check_keys(training.model.get_base_model(), draft, tuple(training.model.peft_config["default"].modules_to_save or ()))
             record = measure_lora(training.model, draft, sequences, training.base, training.tokenizer, template.digest)
         else:
             plain = fold_trained(training.model) if isinstance(training.model, PeftModel) else training.model
@@ -57,4 +60,5 @@ def write_result(training: Training, run: RunInput, folder: Path, *, step: int, 
         save_tokenizer(run.model_folder, draft, template.source)
         training.tokenizer.save_new_tokens(draft)
         (draft / TRAINING_FILE).write_text(json.dumps(run.spec.model_dump(mode="json"), indent=1, sort_keys=True))
+        closing["parity"] = record.summary().model_dump(mode="json")
         (draft / PARITY_FILE).write_text(record.model_dump_json(indent=1))
