@@ -14,12 +14,13 @@ from fastapi_offline import FastAPIOffline
 
 from core.infer.engine import Engine
 from core.models.load import pick_device
+from serving.access import Serving
 from serving.bases import resolve_bases
 from serving.body_limit import BodyLimit
 from serving.deployments import Follower, Signature
 from serving.directory import Directory
 from serving.errors import install_handlers
-from serving.routes import Serving, router
+from serving.routes import router
 from store.db import Database, database_url
 from store.files import Storage
 from store.ids import new_id

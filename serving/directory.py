@@ -107,6 +107,19 @@ class Directory:
         message = f"There is no model {name!r} here, or it is not deployed"
         raise NotFound(message, [Problem("model-not-found", message, pointer="/model")])
 
+    def is_base(self, name: str) -> bool:
+        with self._lock:
+            return name in self._bases
+
+    def labels(self) -> list[tuple[str, str]]:
+        """(project id, name) of every version that can be asked, and ("", name) of every base."""
+        with self._lock:
+            lines = [("", name) for name in self._bases]
+            versions = self._versions.values()
+            return lines + [
+                (version.project_id, str(version)) for version, standing in versions if isinstance(standing, Servable)
+            ]
+
     def listing(self, project_id: str) -> list[Listed]:
         """Bases, then the project's adapters: each name once for its latest version, and each version."""
         with self._lock:

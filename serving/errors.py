@@ -4,6 +4,7 @@ Their client retries 409, 429 and 5xx by itself, so a refusal that will not pass
 """
 
 import logging
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -65,16 +66,24 @@ def _user_error(request: Request, error: Exception) -> JSONResponse:
 def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     # The input itself is not repeated: it may be large, or hold what can't be written as JSON.
-    problems = [(_place(one["loc"]), str(one["msg"]).removeprefix("Value error, ")) for one in error.errors()]
+    problems = [(_place(one["loc"]), _reason(one)) for one in error.errors()]
     message = "; ".join(f"{place}: {reason}" if place else reason for place, reason in problems)
     is_unparsable = any(one["type"] == "json_invalid" for one in error.errors())
-    code = "invalid_json" if is_unparsable else "invalid_request"
+    is_role = any(re.fullmatch(r"messages\.\d+\.role", place) for place, _ in problems)
+    code = "invalid_json" if is_unparsable else "invalid_role" if is_role else "invalid_request"
     return error_response(400, message, "invalid_request_error", code=code, param=problems[0][0] or None)
+
+
+def _reason(one: Any) -> str:
+    if one["type"] == "extra_forbidden":
+        return "is not supported"
+    return str(one["msg"]).removeprefix("Value error, ")
 
 
 def _place(location: Any) -> str:
     # (body, stop, list[...], 3): the parts in between are names of alternatives in a union, not of fields.
-    return ".".join(str(part) for part in location[1:] if isinstance(part, int) or str(part).isidentifier())
+    parts = [part for part in location[1:] if isinstance(part, int) or (str(part).isidentifier() and part != "str")]
+    return ".".join(map(str, parts))
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:

@@ -1,7 +1,7 @@
 """The parity record reproduced: does what was loaded here compute what was trained?
 
 The base is asked first, so that its own faults are not laid on the adapter; then the adapter, module by module in the order
-that a token meets them, so that a fault is named where it stands; then its answers are compared (`answers.py`). `_Measured`
+that a token meets them, so that a fault is named where it stands; then its answers are compared (`compare.py`). `_Measured`
 is the one place that runs a model.
 
 Each module is held to what it added in training, instead of being zeroed alone to see whether the answers change: one pass
@@ -24,7 +24,7 @@ from core.infer.lora import LoraWeights
 from core.infer.prove import measure_packed
 from core.infer.servable import Servable
 from core.models.traces import Trace, touched_modules
-from serving.answers import same_answers, same_base, same_effect
+from serving.compare import same_answers, same_base, same_effect
 from serving.limits import UNMEASURABLE, Allowed, Refused, allowed, finite, unusable
 from store.deployments import Check
 

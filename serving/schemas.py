@@ -1,114 +1,61 @@
-"""The wire shapes of the inference API. What is not listed is refused, not ignored: an ignored option is a wrong answer."""
+"""The wire shapes that all surfaces of the inference API share. What is not listed is refused, not ignored: an ignored option
+is a wrong answer.
+"""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from core.infer.progress import FinishReason
-
-MAX_STOPS = 4
-DEFAULT_MAX_TOKENS = 256
-
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+MODEL_DESCRIPTION = "A base, an adapter's name or id (its latest deployed version), or either with `@version`."
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Of what is sent. A field that is null is as one that is not there: clients send messages back as they got them."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
-class ChatMessage(_Strict):
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Strict):
     role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class GenerateRequest(_Strict):
-    """Exactly one of `prompt` (read as it is, special tokens included) and `messages` (put into the model's chat template)."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "model": "SmolLM2-135M-Instruct",
-                    "messages": [{"role": "user", "content": "What is the capital of France?"}],
-                    "max_tokens": 32,
-                    "temperature": 0,
-                }
-            ]
-        }
-    )
-
-    model: str = Field(
-        min_length=1,
-        max_length=256,
-        description="A base, an adapter's name or id (its latest deployed version), or either with `@version`.",
-    )
-    prompt: str | None = Field(default=None, min_length=1)
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=1000)
-    max_tokens: int | None = Field(
-        default=None,
-        ge=1,
-        le=1_048_576,
-        description=f"Default: {DEFAULT_MAX_TOKENS}, or what the context has room for.",
-    )
-    temperature: float = Field(default=1.0, ge=0, le=2, description="0 is greedy.")
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1, description="The same seed gives the same answer.")
-    stop: StopString | list[StopString] | None = Field(
-        default=None, description=f"Up to {MAX_STOPS} strings that end the answer; they are not part of it."
-    )
-    stream: bool = Field(default=False, description="Server-sent events: one chunk per piece of text, then `[DONE]`.")
-    logprobs: bool = Field(
-        default=False, description="Log-probability of each token, in nats: the model's own, before temperature and top_p."
-    )
-    return_token_ids: bool = Field(default=False, description="Ids of the prompt and of the answer.")
-
-    @model_validator(mode="after")
-    def _one_question(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give exactly one of prompt and messages")
-        if len(self.stop_strings) > MAX_STOPS:
-            raise ValueError(f"stop holds {len(self.stop_strings)} strings; {MAX_STOPS} are the limit")
-        return self
+    content: str | list[TextPart] = Field(description="Parts are joined as they are.")
 
     @property
-    def stop_strings(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)]
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(description="Of these tokens the keys and values were in memory, of an earlier request.")
 
 
 class Usage(BaseModel):
     prompt_tokens: int
-    completion_tokens: int = Field(description="Generated tokens; the one that ended the turn is counted.")
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens: int = Field(description="Generated tokens of all choices; the one that ended a turn is counted.")
     total_tokens: int
 
-
-class GenerateResponse(BaseModel):
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int = Field(description="Unix seconds.")
-    model: str = Field(description="What answered: a base, or adapter@version.")
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
-    prompt_token_ids: list[int] | None = Field(default=None, description="With return_token_ids.")
-    token_ids: list[int] | None = Field(default=None, description="With return_token_ids.")
-    logprobs: list[float] | None = Field(default=None, description="With logprobs; one per generated token.")
-
-
-class GenerateChunk(BaseModel):
-    """One `data:` line of a stream. `finish_reason` and `usage` are set in the last; ids and log-probabilities as asked."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    text: str
-    finish_reason: FinishReason | None = None
-    usage: Usage | None = None
-    prompt_token_ids: list[int] | None = None
-    token_ids: list[int] | None = None
-    logprobs: list[float] | None = None
+    @classmethod
+    def of(cls, prompt: int, completion: int, cached: int) -> "Usage":
+        return cls(
+            prompt_tokens=prompt,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+        )
 
 
 class ModelLine(BaseModel):

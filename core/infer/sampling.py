@@ -70,7 +70,7 @@ class Sampling:
 class Drawing:
     """One row of a step. `generated_ids` are all of the answer so far: their number is the position that is drawn.
 
-    Ids of `banned`, `prompt_ids` and of the logit bias must lie in the vocabulary: on a GPU one outside takes the process along.
+    Ids of `prompt_ids` and of the logit bias must lie in the vocabulary: on a GPU one outside takes the process along.
     """
 
     sampling: Sampling
@@ -187,7 +187,8 @@ def _edited(raw: torch.Tensor, rows: Sequence[Drawing]) -> torch.Tensor:
         for token, bias in sampling.logit_bias:
             added[number, token] = added.get((number, token), 0.0) + bias
         for token in row.banned:
-            added[number, token] = float("-inf")
+            if token < raw.shape[1]:  # a tokenizer may know marks that its model has no row for
+                added[number, token] = float("-inf")
     if not places and not added:
         return raw
     scores = raw.clone()

@@ -47,12 +47,24 @@ def test_wrong_fields_get_400_with_the_field_named(service: Service) -> None:
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
         ({"stream": "yes"}, "stream"),
         ({"n": 2}, "n"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"-5": 1}}, None),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"stop_token_ids": [99999]}, "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"inputs": "a", "parameters": {"max_new_tokens": 0}, "model": "tiny"}, "parameters.max_new_tokens"),
+        ({"inputs": "a", "parameters": {"best_of": 2}, "model": "tiny"}, "parameters.best_of"),
     ]
     for options, param in wrong:
         error = error_of(service.ask("tiny", **options), 400)
         assert error["type"] == "invalid_request_error"
-        assert error["code"] == "invalid_request"
+        assert error["code"] == ("invalid_role" if param == "messages.0.role" else "invalid_request")
         if param is not None:
             assert error["param"] == param, options
     assert "exactly one" in error_of(service.ask("tiny", prompt="a", messages=[{"role": "user", "content": "b"}]), 400)["message"]

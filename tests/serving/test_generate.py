@@ -13,6 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from store.adapters import CHANNEL
+from store.keys import create_key
+from store.tables import DEFAULT_PROJECT
 from tests.lora import fresh_answer
 from tests.serving.conftest import Service, running, wait_for
 
@@ -74,6 +76,88 @@ def test_a_seed_is_reproduced_beside_other_requests(service: Service) -> None:
     first = service.ask("tiny", **options).json()["text"]
     assert service.ask("tiny", temperature=1.0).json()["text"] != first
     assert service.ask("tiny", **options).json()["text"] == first
+
+
+def test_the_extra_settings_reach_the_sampler(service: Service) -> None:
+    service.app.state.serving.directory.bases[0].stop_ids = ()
+    plain = service.ask("tiny", return_token_ids=True).json()
+    forced = service.ask("tiny", return_token_ids=True, logit_bias={"40": 100}).json()
+    assert forced["token_ids"] == [40] * 16
+    assert service.ask("tiny", temperature=2, top_k=1, seed=1).json()["text"] == plain["text"]
+    assert service.ask("tiny", temperature=2, min_p=1, seed=1).json()["text"] == plain["text"]
+    kept = service.ask("tiny", return_token_ids=True, logit_bias={"40": 100}, frequency_penalty=2, presence_penalty=2).json()
+    assert kept["token_ids"] == [40] * 16  # 100 outweighs 2 and 2 a token
+    spread = service.ask("tiny", return_token_ids=True, repetition_penalty=10.0).json()["token_ids"]
+    assert len(set(spread)) == len(spread)
+    ended = service.ask("tiny", return_token_ids=True, stop_token_ids=[plain["token_ids"][3]]).json()
+    assert ended["token_ids"] == plain["token_ids"][: plain["token_ids"].index(plain["token_ids"][3]) + 1]
+    assert ended["finish_reason"] == "stop"
+    assert service.ask("tiny", top_k=None, stop=None).json()["text"] == plain["text"]
+
+
+def test_inputs_and_parameters_are_answered_in_their_own_shape(service: Service) -> None:
+    published = service.publish(1)
+    service.deploy(published)
+    service.wait_routable("pirate")
+
+    def ask(**body: Any) -> dict[str, Any]:
+        response = service.client.post("/generate", json=body, headers=service.bearer())
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    text = "What is the capital of France?"
+    for parameters, model in (({}, "tiny"), ({"adapter_id": "pirate"}, "pirate@1"), ({"model": "pirate@1"}, "pirate@1")):
+        native = service.ask(model, prompt=text, max_tokens=8, return_token_ids=True, logprobs=True).json()
+        answer = ask(inputs=text, parameters={"max_new_tokens": 8, **parameters})
+        assert answer == {"generated_text": native["text"], "model": model}
+        details = ask(inputs=text, parameters={"max_new_tokens": 8, "details": True, **parameters})["details"]
+        assert [token["id"] for token in details["tokens"]] == native["token_ids"]
+        assert [token["logprob"] for token in details["tokens"]] == native["logprobs"]
+        assert (details["finish_reason"], details["generated_tokens"]) == ("length", 8)
+    whole = ask(inputs=text, parameters={"max_new_tokens": 8, "return_full_text": True})["generated_text"]
+    assert whole.startswith(text)
+    drawn = service.ask("tiny", prompt=text, max_tokens=8, temperature=1.5, top_p=0.9, seed=3).json()["text"]
+    asked = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.5, "top_p": 0.9, "seed": 3}
+    assert ask(inputs=text, parameters=asked)["generated_text"] == drawn
+
+
+def test_metrics_tell_each_model_apart_and_forget_what_is_served_no_longer(service: Service) -> None:
+    with service.database.transaction() as session:
+        _, collector = create_key(session, service.settings.pepper, DEFAULT_PROJECT, name="m", scopes=["metrics:read"])
+
+    def numbers() -> dict[str, float]:
+        response = service.client.get("/metrics", headers=service.bearer(collector))
+        assert response.headers["content-type"].startswith("text/plain")
+        lines = [line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, value in lines if "_created" not in name}
+
+    assert service.client.get("/metrics", headers=service.bearer()).status_code == 403
+    published = service.publish(1)
+    service.deploy(published)
+    service.wait_routable("pirate")
+    service.app.state.serving.directory.bases[0].stop_ids = ()
+    prompt = service.ask("tiny", max_tokens=5).json()["usage"]["prompt_tokens"]
+    service.ask("pirate", max_tokens=3)
+    service.app.state.serving.engine._max_waiting, before = 0, service.app.state.serving.engine._max_waiting
+    service.ask("pirate@1")
+    service.ask("absent")
+    service.app.state.serving.engine._max_waiting = before
+    found = numbers()
+    base, adapter = '{model="tiny",project=""}', f'{{model="pirate@1",project="{DEFAULT_PROJECT}"}}'
+    assert found[f"strop_serving_prompt_tokens_total{base}"] == prompt
+    assert found[f"strop_serving_generated_tokens_total{base}"] == 5
+    assert found[f"strop_serving_first_token_seconds_count{base}"] == 1
+    assert found[f"strop_serving_inter_token_seconds_count{base}"] == 4
+    assert found[f"strop_serving_waiting{base}"] == found[f"strop_serving_running{base}"] == 0
+    assert found['strop_serving_requests_total{model="tiny",outcome="length",project=""}'] == 1
+    assert 0 < found[f"strop_serving_generated_tokens_total{adapter}"] <= 3
+    assert found[f'strop_serving_requests_total{{model="pirate@1",outcome="queue_full",project="{DEFAULT_PROJECT}"}}'] == 1
+    assert not any("absent" in name for name in found)
+    service.undeploy(published)
+    wait_for(lambda: "pirate" not in service.models())
+    assert {name for name in numbers() if "pirate" in name} == set()
+    assert numbers()[f"strop_serving_generated_tokens_total{base}"] == 5
 
 
 @pytest.fixture

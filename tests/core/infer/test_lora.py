@@ -84,7 +84,10 @@ def test_what_is_more_than_lora_is_left_to_peft(
     ("spoil", "said"),
     [
         (lambda t: t.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"), "layers.0.self_attn.q_proj"),
-        (lambda t: t.update({"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(4, 8)}), "layers.9"),
+        (
+            lambda t: t.update({"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(4, 8)}),
+            "layers.9.self_attn",
+        ),
         (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(8)}), "model.norm.weight"),
         (
             lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(3, 8)}),

@@ -1,12 +1,12 @@
 """An adapter version may come from the operator's import: it has no job.
 
-Revision: 0002, after 0001.
+Revision: 0003, after 0002.
 """
 
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "0003"
+down_revision = "0002"
 
 
 def upgrade() -> None:
