@@ -73,9 +73,10 @@ def test_a_tier_that_fails_leaves_the_rows_of_the_others(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(train, "train", failing)
     with pytest.raises(SystemExit, match="on fused: OSError: the child could not be started"):
-        run(monkeypatch, tmp_path, "--tiers", "fused,packed")
+        run(monkeypatch, tmp_path, "--tiers", "fused,packed", "--repeated", "fused")
     (file,) = tmp_path.glob("train-*.json")
-    assert {row["case"] for row in json.loads(file.read_text())["rows"]} == {"tiny/lora/all/short/packed"}
+    found = {(row["case"], row["metric"]) for row in json.loads(file.read_text())["rows"]}
+    assert found == {("tiny/lora/all/short/packed", metric) for metric in ("tokens_per_second", "tokens_per_step")}
 
 
 def test_a_profile_is_left_beside_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
