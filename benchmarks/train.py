@@ -169,10 +169,9 @@ def _profile(results: Results, name: str, tier: Tier, model: Path, folder: Path)
     program = [sys.executable, "-W", "ignore", "-m", "benchmarks.profile", str(run_dir), str(WARM_UP)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return [f"profile of {name} on {tier}: {done.stderr[-2000:]}"]
-    print(f"profile: {results.text(f'{name}/{tier}'.replace('/', '-'), done.stdout)}", flush=True)
-    return []
+    if done.stdout:
+        print(f"profile: {results.text(f'{name}/{tier}'.replace('/', '-'), done.stdout)}", flush=True)
+    return [f"profile of {name} on {tier}: {done.stderr[-2000:]}"] if done.returncode != 0 else []
 
 
 def documents(count: int, length: str) -> Rows:
