@@ -1,15 +1,18 @@
-"""Where a step's time goes: the training loop under torch's profiler, in a process that `benchmarks.train --profile` starts.
+"""Where a step's time goes, and on a GPU its memory, in a process that `benchmarks.train --profile` starts.
 
-Nothing of the product knows of it: the loop is a generator of events, and the profiler is started after one step and stopped
-after a later one. A profiled step is slower than another, the host's part of it most of all; read the shares, not the seconds.
+Nothing of the product knows of it: the loop is a generator of events, and torch's profiler is started after one step and stopped
+after a later one; then the allocator's history is kept for one step more. A profiled step is slower than another, the host's
+part of it most of all; read the shares, not the seconds.
 """
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from benchmarks.results import ROOT
 from core.run import read_run_input
 
 PROFILED = 3
@@ -17,6 +20,7 @@ _SHOWN = 25
 _SHOWN_HOST = 10
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 _NAME = 100
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -50,14 +54,20 @@ def main(run_dir: Path, warm_up: int) -> None:
             began = time.perf_counter()
     wall = time.perf_counter() - began
     profiler.stop()
-    events.close()
     kernels, launches = [], 0
     for found in profiler.events():
         if found.device_type == DeviceType.CUDA and not found.is_user_annotation:
             kernels.append(Span(found.name, found.time_range.start, found.time_range.end))
         launches += found.name.startswith(_LAUNCHES)
     host = [(average.key, average.self_cpu_time_total, average.count) for average in profiler.key_averages()]
-    print(report(kernels, host, launches=launches, steps=PROFILED, wall_seconds=wall))
+    print(report(kernels, host, launches=launches, steps=PROFILED, wall_seconds=wall), flush=True)
+    if on_gpu:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.memory._record_memory_history(stacks="python")
+        next(event for event in events if event.kind == "step")
+        (trace,) = [trace for trace in torch.cuda.memory._snapshot()["device_traces"] if trace]
+        print(memory_report(trace, before))
+    events.close()
 
 
 def report(kernels: list[Span], host: Iterable[tuple[str, float, int]], *, launches: int, steps: int, wall_seconds: float) -> str:
@@ -78,6 +88,40 @@ def report(kernels: list[Span], host: Iterable[tuple[str, float, int]], *, launc
     for name, microseconds, calls in sorted(host, key=lambda item: -item[1])[:_SHOWN_HOST]:
         lines.append(f"{microseconds / 1e3 / steps:9.3f}  {calls / steps:7.1f}  {name[:_NAME]}")
     return "\n".join(lines)
+
+
+def memory_report(trace: Sequence[Mapping[str, Any]], before: int) -> str:
+    """Who asked for what stood in memory when most did. `trace` is the allocator's, `before` the bytes that stood at its start.
+
+    Bytes that were there before are one sum: weights, states, and gradients of an earlier step.
+    """
+    total = peak = before
+    until = 0
+    for number, entry in enumerate(trace):
+        total += entry["size"] * {"alloc": 1, "free_completed": -1}.get(entry["action"], 0)
+        if total > peak:
+            peak, until = total, number + 1
+    blocks: dict[int, Mapping[str, Any]] = {}
+    for entry in trace[:until]:
+        if entry["action"] == "alloc":
+            blocks[entry["addr"]] = entry
+        elif entry["action"] == "free_completed" and blocks.pop(entry["addr"], None) is None:
+            before -= entry["size"]
+    taken: dict[str, list[int]] = {}
+    for entry in blocks.values():
+        taken.setdefault(_place(entry["frames"]), []).append(entry["size"])
+    lines = ["", f"memory at the peak of a step: {peak / _GIB:.3f} GiB, {before / _GIB:.3f} of them from before it", ""]
+    lines += ["held since, by who asked: GiB, blocks"]
+    for place, sizes in sorted(taken.items(), key=lambda item: -sum(item[1]))[:_SHOWN]:
+        lines.append(f"{sum(sizes) / _GIB:9.3f}  {len(sizes):6}  {place}")
+    return "\n".join(lines)
+
+
+def _place(frames: Sequence[Mapping[str, Any]]) -> str:
+    """The innermost line of ours, or of whoever asked; autograd's own thread has no line of Python."""
+    for frame in [*(frame for frame in frames if f"{ROOT}/core/" in frame["filename"]), *frames]:
+        return f"{frame['filename'].removeprefix(f'{ROOT}/')}:{frame['line']} {frame['name']}"
+    return "autograd"
 
 
 def busy_microseconds(kernels: list[Span]) -> float:

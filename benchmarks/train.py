@@ -10,11 +10,13 @@ with it. `--profile` leaves a text of where a step's time goes in results/profil
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +50,10 @@ class Case:
     """Most that may be allocated at once."""
 
 
+class NoMeasurementError(Exception):
+    """A child did something else than what was to be measured, or ended early; the message has its words and its log's end."""
+
+
 CASES = {
     "tiny/lora/all/short": Case(18),
     "llama-1.1b/lora/all/short": Case(126, 88_000, 100_000, 21),
@@ -68,12 +74,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--tiers", default=",".join(TIERS))
+    parser.add_argument("--repeated", default=",".join(TIERS), help="tiers that train the repeated documents too")
+    parser.add_argument("--limit-seconds", type=float, default=math.inf, help="no tier of a case is begun after that")
     parser.add_argument("--profile", action="store_true", help="profile a few steps of each tier too, in a process of its own")
     parser.add_argument("--models", type=Path, help="where model folders are made, or stand already")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
     parser.add_argument("--commit", help="of the tree, where git can't say")
     arguments = parser.parse_args()
-    failed = []
+    failed, began = [], time.monotonic()
     with tempfile.TemporaryDirectory(prefix="strop-train-") as temporary:
         work = Path(temporary)
         for case in arguments.cases.split(","):
@@ -81,10 +89,18 @@ def main() -> None:
             results = Results("train", made(case.split("/")[0], model), folder=arguments.out, commit=arguments.commit)
             for tier in arguments.tiers.split(","):
                 folder = work / case.replace("/", "-") / tier
+                if time.monotonic() - began > arguments.limit_seconds:
+                    failed.append(f"{case} on {tier}: not begun, {arguments.limit_seconds:.0f} s are over")
+                    continue
                 try:
                     failed += _measure(results, case, tier, model, folder)
+                    if tier in arguments.repeated.split(","):
+                        failed += _repeat(results, case, tier, model, folder)
                     if arguments.profile:
                         failed += _profile(results, case, tier, model, folder)
+                    print(f"{time.monotonic() - began:.0f} s after the beginning", flush=True)
+                except NoMeasurementError as error:
+                    failed.append(f"{case} on {tier}: {error}")
                 except Exception as error:
                     traceback.print_exc()
                     failed.append(f"{case} on {tier}: {type(error).__name__}: {error}")
@@ -93,14 +109,14 @@ def main() -> None:
 
 
 def _measure(results: Results, name: str, tier: Tier, model: Path, folder: Path) -> list[str]:
-    """Add the rows of one tier; what went wrong, in words."""
+    """Add the rows of one tier; what is wrong with them, in words. Raises NoMeasurementError."""
     case, length = CASES[name], name.split("/")[3].split("-")[0]
     rows = documents(case.rows * (WARM_UP + TIMED), length)
     events, log = train(model, write_cache(folder / "tokens", rows), spec_of(name, tier, WARM_UP + TIMED), folder / "run")
     steps = [event for event in events if event.kind == "step"]
     started = [event for event in events if event.kind == "started"]
     if len(steps) < WARM_UP + TIMED or started[0].tier != tier:
-        return [f"{name} on {tier}: {'; '.join(said(events))}\n{log[-2000:]}"]
+        raise NoMeasurementError(f"{'; '.join(said(events))}\n{log[-2000:]}")
     print(json.dumps({"case": name, "tier": tier, "said": said(events)}), flush=True)
     problems = [f"{name} on {tier}: step {step.step} has no gradient" for step in steps if not step.grad_norm > 0]
     timed = steps[WARM_UP:]
@@ -124,15 +140,24 @@ def _measure(results: Results, name: str, tier: Tier, model: Path, folder: Path)
     peaks = [step.peak_allocated_gib for step in steps if step.peak_allocated_gib is not None]
     if peaks:
         results.add(row, "peak_allocated_gib", max(peaks), "GiB", better="lower", must=case.gib if is_judged else None)
-    repeated = write_cache(folder / "repeated", documents(case.rows, length))
+    return problems
+
+
+def _repeat(results: Results, name: str, tier: Tier, model: Path, folder: Path) -> list[str]:
+    """Add what the loss of one step's documents falls by when they are trained again and again; what is wrong with that.
+
+    Raises NoMeasurementError.
+    """
+    repeated = write_cache(folder / "repeated", documents(CASES[name].rows, name.split("/")[3].split("-")[0]))
     again, log = train(model, repeated, spec_of(name, tier, REPEATED), folder / "again")
     losses = [event.loss for event in again if event.kind == "step"]
     if len(losses) < REPEATED:
-        return [*problems, f"{name} on {tier}, repeated documents: {'; '.join(said(again))}\n{log[-2000:]}"]
-    results.add(row, "loss_fall_on_repeated_documents", losses[0] - losses[-1], "nats", better="higher", n=REPEATED)
-    if not losses[-1] < losses[0]:
-        problems.append(f"{name} on {tier}: the loss of repeated documents went from {losses[0]:.4f} to {losses[-1]:.4f}")
-    return problems
+        raise NoMeasurementError(f"repeated documents: {'; '.join(said(again))}\n{log[-2000:]}")
+    fall = losses[0] - losses[-1]
+    results.add(f"{name}/{tier}", "loss_fall_on_repeated_documents", fall, "nats", better="higher", n=REPEATED)
+    if not fall > 0:
+        return [f"{name} on {tier}: the loss of repeated documents went from {losses[0]:.4f} to {losses[-1]:.4f}"]
+    return []
 
 
 def _profile(results: Results, name: str, tier: Tier, model: Path, folder: Path) -> list[str]:
@@ -144,10 +169,9 @@ def _profile(results: Results, name: str, tier: Tier, model: Path, folder: Path)
     program = [sys.executable, "-W", "ignore", "-m", "benchmarks.profile", str(run_dir), str(WARM_UP)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        return [f"profile of {name} on {tier}: {done.stderr[-2000:]}"]
-    print(f"profile: {results.text(f'{name}/{tier}'.replace('/', '-'), done.stdout)}", flush=True)
-    return []
+    if done.stdout:
+        print(f"profile: {results.text(f'{name}/{tier}'.replace('/', '-'), done.stdout)}", flush=True)
+    return [f"profile of {name} on {tier}: {done.stderr[-2000:]}"] if done.returncode != 0 else []
 
 
 def documents(count: int, length: str) -> Rows:

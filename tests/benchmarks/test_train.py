@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import children, train
-from benchmarks.profile import Span, busy_microseconds, report
+from benchmarks.profile import Span, busy_microseconds, memory_report, report
+from benchmarks.results import ROOT
 from benchmarks.train import CASES, TIERS, documents, main, spec_of
 from core.events import ChildEvent
 from core.spec import JobSpec
@@ -73,9 +74,10 @@ def test_a_tier_that_fails_leaves_the_rows_of_the_others(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(train, "train", failing)
     with pytest.raises(SystemExit, match="on fused: OSError: the child could not be started"):
-        run(monkeypatch, tmp_path, "--tiers", "fused,packed")
+        run(monkeypatch, tmp_path, "--tiers", "fused,packed", "--repeated", "fused")
     (file,) = tmp_path.glob("train-*.json")
-    assert {row["case"] for row in json.loads(file.read_text())["rows"]} == {"tiny/lora/all/short/packed"}
+    found = {(row["case"], row["metric"]) for row in json.loads(file.read_text())["rows"]}
+    assert found == {("tiny/lora/all/short/packed", metric) for metric in ("tokens_per_second", "tokens_per_step")}
 
 
 def test_a_profile_is_left_beside_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -104,3 +106,26 @@ def test_a_profile_says_how_busy_the_gpu_was_and_with_what() -> None:
     assert "2 kernels and copies a step, by 2 launches" in text
     assert re.search(r"3\.000 +60\.0% +1\.0  gemm", text)
     assert text.index("gemm") < text.index("norm") < text.index("aten::mm")
+
+
+def test_a_profile_says_who_held_memory_at_the_peak() -> None:
+    gib = 1 << 30
+    inside = [{"filename": f"{ROOT}/core/train/fused/layer.py", "line": 7, "name": "forward"}]
+    outside = [{"filename": "/lib/torch/x.py", "line": 1, "name": "mul"}, *inside]
+
+    def entry(action: str, addr: int, size: int, frames: list[dict[str, object]]) -> dict[str, object]:
+        return {"action": action, "addr": addr, "size": size * gib, "frames": frames}
+
+    trace = [
+        entry("free_completed", 1, 1, []),  # an old gradient
+        entry("alloc", 2, 2, inside),
+        entry("alloc", 3, 3, outside),
+        entry("alloc", 1, 4, []),
+        entry("free_requested", 1, 4, []),
+        entry("free_completed", 1, 4, []),
+        entry("alloc", 4, 1, []),
+    ]
+    text = memory_report(trace, 10 * gib)
+    assert "peak of a step: 18.000 GiB, 9.000 of them from before it" in text
+    assert re.search(r"5\.000 +2  core/train/fused/layer\.py:7 forward", text)
+    assert re.search(r"4\.000 +1  autograd", text)
