@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from core.data.conversation import Message
-from core.errors import InvalidInput, Problem
+from core.errors import InvalidInput, Problem, UserError
 from core.infer.engine import Failed, Item, QueueFull, Servable, Ticket
 from core.infer.generate import End, Token, check_room
 from core.infer.sampling import Sampling, choice_seed
@@ -95,8 +95,9 @@ class Answering:
             one = replace(sampling, seed=choice_seed(seed, choice))
             try:
                 self._tickets.append(serving.engine.submit(resolved.servable, ids, one, deliver))
-            except QueueFull:
-                serving.meters.ended(label, "queue_full")
+            except UserError as error:
+                if isinstance(error, QueueFull):
+                    serving.meters.ended(label, "queue_full")
                 self.cancel()
                 raise
             self._watches.append(Watch(serving.meters, label))
