@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from core.data.conversation import Message
-from core.errors import InvalidInput, Problem
+from core.errors import InvalidInput, Problem, UserError
 from core.infer.engine import QueueFull, check_room
 from core.infer.progress import End, Token
 from core.infer.sampling import Sampling, choice_seed
@@ -97,8 +97,9 @@ class Answering:
             one = replace(sampling, seed=choice_seed(seed, choice))
             try:
                 ticket = serving.engine.submit(resolved.servable, ids, one, deliver, tenant=caller.project_id)
-            except QueueFull:
-                serving.meters.ended(label, "queue_full")
+            except UserError as error:
+                if isinstance(error, QueueFull):
+                    serving.meters.ended(label, "queue_full")
                 self.cancel()
                 raise
             self._tickets.append(ticket)

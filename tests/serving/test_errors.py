@@ -58,8 +58,6 @@ def test_wrong_fields_get_400_with_the_field_named(service: Service) -> None:
         ({"stop_token_ids": [99999]}, "stop_token_ids"),
         ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
         ({"min_tokens": 17}, "min_tokens"),
-        ({"inputs": "a", "parameters": {"max_new_tokens": 0}, "model": "tiny"}, "parameters.max_new_tokens"),
-        ({"inputs": "a", "parameters": {"best_of": 2}, "model": "tiny"}, "parameters.best_of"),
     ]
     for options, param in wrong:
         error = error_of(service.ask("tiny", **options), 400)
@@ -68,6 +66,22 @@ def test_wrong_fields_get_400_with_the_field_named(service: Service) -> None:
         if param is not None:
             assert error["param"] == param, options
     assert "exactly one" in error_of(service.ask("tiny", prompt="a", messages=[{"role": "user", "content": "b"}]), 400)["message"]
+
+
+def test_wrong_fields_of_the_other_shape_are_named_too(service: Service) -> None:
+    wrong: list[tuple[dict[str, Any], str | None]] = [
+        ({"inputs": ""}, "inputs"),
+        ({"inputs": "a", "stream": True}, "stream"),
+        ({"inputs": "a", "max_tokens": 3}, "max_tokens"),
+        ({"inputs": "a", "parameters": {"max_new_tokens": 0}}, "parameters.max_new_tokens"),
+        ({"inputs": "a", "parameters": {"best_of": 2}}, "parameters.best_of"),
+        ({"inputs": "a", "parameters": {"model": "tiny", "adapter_id": "pirate"}}, "parameters"),
+    ]
+    for body, param in wrong:
+        error = error_of(service.client.post("/generate", json=body, headers=service.bearer()), 400)
+        assert (error["code"], error["param"]) == ("invalid_request", param)
+    body = {"inputs": "a", "parameters": {"adapter_id": "absent"}}
+    assert error_of(service.client.post("/generate", json=body, headers=service.bearer()), 404)["code"] == "model_not_found"
 
 
 def test_all_wrong_fields_are_told_at_once(service: Service) -> None:
