@@ -11,9 +11,11 @@ import psycopg
 import pytest
 from sqlalchemy import select
 
+from core.adapter import AdapterFacts, BaseIdentity, ParitySummary
 from core.manifest import closed_folder, folder_digest, verify_folder
 from store import files
-from store.tables import Audit, Deployment, Endpoint, Receipt
+from store.adapters import add_version
+from store.tables import DEFAULT_PROJECT, Audit, Deployment, Endpoint, Receipt
 from tests.api.conftest import Plane, problem
 
 DEPLOYED = {"deployed": True, "undeployed": False}
@@ -45,6 +47,27 @@ def test_an_adapter_shows_its_versions_newest_first(client: httpx.Client, adapte
         (1, False, "lora", 1.5),
     ]
     assert client.get("/adapters").json() == {"object": "list", "data": [record], "has_more": False, "next_cursor": None}
+
+
+def test_a_version_shows_what_was_measured_and_an_imported_one_has_no_job(plane: Plane, client: httpx.Client) -> None:
+    measured = ParitySummary(
+        device="cuda", probes=16, tokens=900, loss=1.25, base_loss=2.5, modules=224, inert=["model.layers.3.mlp.up_proj"]
+    )
+    facts = AdapterFacts(
+        tuning="lora",
+        base=BaseIdentity(model="tiny", weights="w" * 64),
+        job_id=None,
+        attempt=0,
+        step=0,
+        rank=8,
+        template="t",
+        eval_loss=None,
+        parity=measured,
+    )
+    with plane.database.transaction() as session:
+        version = add_version(session, DEFAULT_PROJECT, "guest", job_id=None, sha256="0" * 64, size=1, facts=facts)
+    (shown,) = client.get(f"/adapters/{version.adapter_id}").json()["versions"]
+    assert (shown["job_id"], shown["parity"]) == (None, measured.model_dump())
 
 
 def test_a_download_is_the_folder_and_always_the_same_bytes(client: httpx.Client, adapter_id: str, tmp_path: Path) -> None:
