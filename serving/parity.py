@@ -17,11 +17,10 @@ from typing import Literal
 import torch
 
 from core.adapter import AdapterFacts, ModuleTrace, ParityProbe, ParityRecord, ParityRecordV1
-from core.eval.probes import Known, Said, batches, measure
+from core.eval.probes import Known, Said, batches, measure, said_of
 from core.infer.adapters import AdaptedBase
 from core.infer.engine import Engine
 from core.infer.lora import LoraWeights
-from core.infer.prove import measure_packed
 from core.infer.servable import Servable
 from core.models.traces import Trace, touched_modules
 from serving.compare import same_answers, same_base, same_effect
@@ -78,7 +77,9 @@ class _Measured:
     def measure(self, batch: Sequence[Known], *, is_traced: bool) -> tuple[list[Said], dict[str, Trace]]:
         """By the path that answers requests."""
         if self.host.runner is not None and self.adapter is None:
-            return measure_packed(self.host.runner, batch, self.weights, is_traced=is_traced)
+            with self.host.runner.sites.tracing() as traces:
+                said = [said_of(self.host.runner.score(ids, self.weights), ids, start) for ids, start in batch]
+            return said, traces if is_traced else {}
         self.host.activate(self.adapter)
         return measure(self.host.model, batch, self.adapter if is_traced else None)
 
