@@ -263,13 +263,14 @@ def _enter_packed(training: Training, spec: JobSpec) -> None:
         said = assert_agreement(plain, again, packed, "packed", training.base.compute_dtype)
     training.choice = Choice("packed", f"{done}; on the first rows {said}")
     if spec.memory.fused_layers:
-        _enter_fused(training, lambda: measured(layout_of(spec, "fused")), plain, again)
+        _enter_fused(training, spec, lambda: measured(layout_of(spec, "fused")), plain, again)
 
 
-def _enter_fused(training: Training, measured: Callable[[], Probe], plain: Probe, again: Probe) -> None:
+def _enter_fused(training: Training, spec: JobSpec, measured: Callable[[], Probe], plain: Probe, again: Probe) -> None:
     """From the packed tier on to fused layers, which are held to the plain tier too; a disagreement is said and undone."""
     try:
-        done = install_fused(training.model, compiled() if training.device.type == "cuda" else PLAIN)
+        ops = compiled() if training.device.type == "cuda" else PLAIN
+        done = install_fused(training.model, ops, offload=spec.memory.checkpointing_offload)
     except ValueError as error:
         raise BadSpec(f"memory.fused_layers: {error}") from error
     if training.device.type == "cuda":

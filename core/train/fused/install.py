@@ -5,19 +5,22 @@ same objects, so saving, checkpoints, resuming and the optimiser know nothing of
 from typing import Any
 
 from core.train.fused.elementwise import PLAIN, Elementwise
-from core.train.fused.layer import FAMILIES, FusedLayer, projections_of
+from core.train.fused.families import FAMILIES, projections_of
+from core.train.fused.layer import FusedLayer
+from core.train.fused.offload import HostStreams
 from core.train.fused.projection import why_no_projection
 
 _ACTIVATIONS = ("silu", "swish")
 
 
-def install_fused(model: Any, ops: Elementwise = PLAIN) -> str:
+def install_fused(model: Any, ops: Elementwise = PLAIN, *, offload: bool = False) -> str:
     """Replace the forward of every decoder layer; what is not a batch of packed rows still goes through the layer's own.
 
     Weights of layers that read one input become views of one matrix, group by group, so memory grows by one group while it
-    happens and not at all in the end. `ops` are the element-wise functions, compiled or not. Returns what was done. Raises
-    ValueError, with the reason, for a model that has no fused layers or has them already. Attention is not asked about: packed
-    rows are the condition of all this (core.catalog.can_pack).
+    happens and not at all in the end. `ops` are the element-wise functions, compiled or not. Layers that were to be
+    checkpointed make themselves again from then on; with `offload` the host keeps what they are made from. Returns what was
+    done. Raises ValueError, with the reason, for a model that has no fused layers or has them already. Attention is not asked
+    about: packed rows are the condition of all this (core.catalog.can_pack).
     """
     causal_lm = _causal_lm(model)
     if reason := _obstacle(causal_lm):
@@ -25,8 +28,12 @@ def install_fused(model: Any, ops: Elementwise = PLAIN) -> str:
     layers = _layers(causal_lm)
     if any(fused_layer(layer) is not None for layer in layers):
         raise ValueError("the model's layers are fused already")
+    host = HostStreams(causal_lm.device) if offload else None
+    family = FAMILIES[causal_lm.config.model_type]
     for layer in layers:
-        layer.forward = FusedLayer(layer, FAMILIES[causal_lm.config.model_type], ops).forward
+        recomputed = layer.gradient_checkpointing
+        layer.forward = FusedLayer(layer, family, ops, recomputed=recomputed, host=host if recomputed else None).forward
+        layer.gradient_checkpointing = False
     how = "plain" if ops is PLAIN else "compiled"
     return f"fused layers ({len(layers)} of {causal_lm.config.model_type}, element-wise functions {how})"
 
@@ -37,6 +44,7 @@ def uninstall_fused(model: Any) -> None:
         fused = fused_layer(layer)
         if fused is not None:
             del layer.forward
+            layer.gradient_checkpointing = fused.recomputed
             fused.part()
 
 
