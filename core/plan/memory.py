@@ -23,6 +23,8 @@ _CHUNK = 4096
 """Tokens at once in the MLP of a fused layer that is made again (core.train.fused.halves)."""
 LOGITS_AT_ONCE = 1 << 26
 """The head is applied in chunks of so many logits (core.eval.nats)."""
+_FUSED_LOGITS = 1 << 25
+"""The same of a head that makes its gradient in the same pass (core.train.fused.head)."""
 _LOGIT_BYTES = 12
 """In the backward pass of the cross-entropy: its fp32 log-softmax, and two fp32 gradients."""
 
@@ -97,6 +99,9 @@ def _step(work: Work, coefficients: Coefficients) -> MemoryEstimate:
     elif recomputed:
         passing += work.held_tokens * layer
     logits = min(work.held_trained * work.shape.vocabulary, LOGITS_AT_ONCE) * _LOGIT_BYTES
+    if work.tier == "fused" and _has_fused_head(work):  # in the compute dtype, and each trained token's gradient
+        logits = min(work.held_trained * work.shape.vocabulary, _FUSED_LOGITS) * work.compute_bytes
+        kept += work.held_trained * work.shape.hidden * work.compute_bytes
     gradients = 4.0 * work.trainable
     if work.most_micro_batches == 1:  # they grow as what is kept goes
         gradients = max(0.0, gradients - kept)
@@ -197,6 +202,11 @@ def _ends(work: Work) -> float:
 def _passing(work: Work) -> float:
     """Bytes of a token while a layer's backward pass goes through its gate, the widest place: two gradients of that width."""
     return 2.0 * work.compute_bytes * work.shape.intermediate
+
+
+def _has_fused_head(work: Work) -> bool:
+    tuning = work.spec.tuning
+    return not work.is_full and not work.spec.data.new_tokens and not (isinstance(tuning, LoraTuning) and tuning.train_embeddings)
 
 
 def _made_again(work: Work) -> float:

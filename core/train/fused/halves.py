@@ -105,7 +105,9 @@ class AttentionHalf:
         of_heads, of_output, head_scale, scale = _parts(given)
         before, reduced, straight, inverse, queries, keys, values, reduced_output, plus, plus_inverse = kept
         if attended is None:
-            assert queries is not None and keys is not None and values is not None
+            assert queries is not None
+            assert keys is not None
+            assert values is not None
             attended = self._attended(queries, keys, values, batch)
         of_plus, of_scale = _normed_back(self._last, gradient.to(batch.dtype), plus, scale, plus_inverse, wanted[-1])
         result = attended.result
@@ -138,7 +140,7 @@ class AttentionHalf:
     def _attended(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch) -> Attended:
         leaves = [part.detach().requires_grad_() for part in (queries, keys, values)]
         with torch.enable_grad():
-            return Attended(leaves, self._attend(*leaves, batch))
+            return Attended(leaves, self._attend(leaves[0], leaves[1], leaves[2], batch))
 
     def _attend(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch) -> torch.Tensor:
         name = self._module.config._attn_implementation

@@ -4,8 +4,11 @@ same objects, so saving, checkpoints, resuming and the optimiser know nothing of
 
 from typing import Any
 
+import torch
+
 from core.train.fused.elementwise import PLAIN, Elementwise
 from core.train.fused.families import FAMILIES, projections_of
+from core.train.fused.head import FusedHead
 from core.train.fused.layer import FusedLayer
 from core.train.fused.offload import HostStreams
 from core.train.fused.projection import why_no_projection
@@ -14,13 +17,14 @@ _ACTIVATIONS = ("silu", "swish")
 
 
 def install_fused(model: Any, ops: Elementwise = PLAIN, *, offload: bool = False) -> str:
-    """Replace the forward of every decoder layer; what is not a batch of packed rows still goes through the layer's own.
+    """Replace the forward of every decoder layer, and the loss of a head that doesn't train.
 
-    Weights of layers that read one input become views of one matrix, group by group, so memory grows by one group while it
-    happens and not at all in the end. `ops` are the element-wise functions, compiled or not. Layers that were to be
-    checkpointed make themselves again from then on; with `offload` the host keeps what they are made from. Returns what was
-    done. Raises ValueError, with the reason, for a model that has no fused layers or has them already. Attention is not asked
-    about: packed rows are the condition of all this (core.catalog.can_pack).
+    What is not a batch of packed rows still goes through a layer's own forward. Weights of layers that read one input become
+    views of one matrix, group by group, so memory grows by one group while it happens and not at all in the end. `ops` are the
+    element-wise functions, compiled or not. Layers that were to be checkpointed make themselves again from then on; with
+    `offload` the host keeps what they are made from. Returns what was done. Raises ValueError, with the reason, for a model
+    that has no fused layers or has them already. Attention is not asked about: packed rows are the condition of all this
+    (core.catalog.can_pack).
     """
     causal_lm = _causal_lm(model)
     if reason := _obstacle(causal_lm):
@@ -34,12 +38,16 @@ def install_fused(model: Any, ops: Elementwise = PLAIN, *, offload: bool = False
         recomputed = layer.gradient_checkpointing
         layer.forward = FusedLayer(layer, family, ops, recomputed=recomputed, host=host if recomputed else None).forward
         layer.gradient_checkpointing = False
+    head = causal_lm.get_output_embeddings()
+    if type(head) is torch.nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
+        head.nats = FusedHead(head, ops).nats
     how = "plain" if ops is PLAIN else "compiled"
     return f"fused layers ({len(layers)} of {causal_lm.config.model_type}, element-wise functions {how})"
 
 
 def uninstall_fused(model: Any) -> None:
     """Put every layer's own forward back and give its weights memory of their own. Harmless where nothing was installed."""
+    vars(_causal_lm(model).get_output_embeddings()).pop("nats", None)
     for layer in _layers(_causal_lm(model)):
         fused = fused_layer(layer)
         if fused is not None:

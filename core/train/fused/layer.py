@@ -34,7 +34,7 @@ class FusedLayer:
         self.recomputed, self.host = recomputed, host
         self.attention, self.mlp = AttentionHalf(layer, family, ops), MlpHalf(layer, family, ops)
         self._adapted = self.attention.adapted or self.mlp.adapted
-        self.places = () if host is None else (host.new_place(), host.new_place())
+        self.places: tuple[int, ...] = () if host is None else (host.new_place(), host.new_place())
 
     def forward(self, hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         """[1, N, hidden] -> the same, as the layer's own forward. Whatever is no batch of packed rows goes through that one:
@@ -62,7 +62,7 @@ class FusedLayer:
         turn = (position_embeddings[0].detach(), position_embeddings[1].detach())
         batch = Batch(dtype, turn, attention_mask, options)
         given = (*self.attention.given(dtype), *self.mlp.given(dtype))
-        result: torch.Tensor = _Layer.apply(self, batch, torch.is_grad_enabled(), hidden_states[0], *given)
+        result: torch.Tensor = _Layer.apply(self, batch, torch.is_grad_enabled(), hidden_states.squeeze(0), *given)
         return result[None]
 
     def _is_on(self) -> bool:

@@ -4,6 +4,7 @@ Copies run beside the computation, on a stream of their own: out while the next 
 waited for by the host. Every place has page-locked memory that is allocated once and used again by every micro-batch.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ class _Place:
     """Of one tensor of every micro-batch."""
 
     memory: torch.Tensor | None = None  # uint8, in the host
-    shape: torch.Size = torch.Size()
+    shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     is_sent: bool = False
     returned: torch.Tensor | None = None  # on its way back, or there
@@ -28,7 +29,7 @@ class _Place:
     def view(self) -> torch.Tensor:
         """Its memory as the tensor that was sent."""
         assert self.memory is not None
-        size = self.shape.numel() * self.dtype.itemsize
+        size = math.prod(self.shape) * self.dtype.itemsize
         return self.memory[:size].view(self.dtype).view(self.shape)
 
 
@@ -55,7 +56,7 @@ class HostStreams:
         if place.memory is None or len(place.memory) < size:
             room = -(-size // _ROOM) * _ROOM
             place.memory = torch.empty(room, dtype=torch.uint8, pin_memory=self._stream is not None)
-        place.shape, place.dtype, place.is_sent = tensor.shape, tensor.dtype, True
+        place.shape, place.dtype, place.is_sent = tuple(tensor.shape), tensor.dtype, True
         place.returned = place.is_back = None  # of a pass that was given up
         if self._stream is None:
             place.view().copy_(tensor)

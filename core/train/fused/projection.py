@@ -100,7 +100,7 @@ class Projection:
         wants_x: bool = True,
         weight: Weight | None = None,
     ) -> tuple[torch.Tensor | None, Parameters, torch.Tensor | None]:
-        """(gradient of x plus `further`, those of `given` that are `wanted`, of `turn`'s parameter). A gate's x is written over."""
+        """(gradient of x plus `further`, those of `given` that are `wanted`, that of `turn`'s). A gate's x is written over."""
         dy, of_turn = self._after.backward(gradients, kept.after, *turn)
         of_x = of_scale = of_weight = of_bias = of_down = of_up = of_reduced = None
         if given.bias is not None and wanted[2]:

@@ -13,7 +13,7 @@ from core.plan import memory
 from core.plan.memory import kept_per_token, stream_bytes
 from core.plan.work import Tier, work_of
 from core.spec import JobSpec, LoraTuning, MoraTuning
-from core.train.fused import halves, layer
+from core.train.fused import halves, head, layer
 from core.train.fused.install import install_fused
 from tests.core.train.fused import Flash, Folders, adapted, base_of, folders_in, kept, packed
 
@@ -114,8 +114,9 @@ def test_a_fused_layer(folders: Folders, family: str, tuning: dict[str, Any]) ->
     assert saved(folders, family, tuning, "none", fused=True, recompute=False) == wanted
 
 
-def test_the_plan_knows_when_attention_is_made_again() -> None:
+def test_the_plan_knows_the_engine_s_bounds() -> None:
     assert (memory.ATTENDED_AGAIN, memory._CHUNK) == (layer.ATTENDED_AGAIN, halves._CHUNK)
+    assert head.LOGITS_AT_ONCE == memory._FUSED_LOGITS
 
 
 @pytest.mark.parametrize("tuning", [RANK_3, FULL])

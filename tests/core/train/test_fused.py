@@ -17,6 +17,7 @@ from core.models.load import dequantized_weight
 from core.models.targets import find_targets
 from core.spec import LoraTuning, MoraTuning, SftObjective
 from core.train.fused import halves
+from core.train.fused.head import FusedHead
 from core.train.fused.install import fused_layer, install_fused, uninstall_fused
 from core.train.fused.layer import FusedLayer
 from core.train.losses import token_loss
@@ -132,7 +133,7 @@ def test_rows_know_nothing_of_each_other(folders: Folders, family: str) -> None:
 def test_checkpointed_layers_make_themselves_again(
     folders: Folders, monkeypatch: pytest.MonkeyPatch, family: str, every: int
 ) -> None:
-    """From their input, or from what the host kept; in one chunk and in many. Two micro-batches of unlike lengths, as in a run."""
+    """From their input, or from what the host kept; in one chunk and in many. Batches of unlike lengths, as in a run."""
     batches = [collate_packed(examples(seed, longest=longest), CPU) for seed, longest in ((1, 20), (2, 31), (3, 25))]
     model = adapted(base_of(folders(family, layers=3), quantization="nf4-double"))
     install_fused(model)
@@ -165,6 +166,28 @@ def test_full_tuning_is_checkpointed_in_one_chunk(folders: Folders, monkeypatch:
     monkeypatch.setattr(halves, "_CHUNK", 16)
     install_fused(model, offload=True)
     assert_same(measured(model), expected)
+
+
+def test_a_head_that_does_not_train_gives_loss_and_gradient_in_one_pass(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one chunk and in many; where it trains it is left alone, as is who asks for no gradient."""
+    model = adapted(base_of(folders("llama")))
+    expected = measured(model)
+    install_fused(model)
+    head = model.get_output_embeddings()
+    monkeypatch.setattr("core.train.fused.head.LOGITS_AT_ONCE", 8 * len(head.weight))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "forward", None)
+        assert_same(measured(model), expected)
+    monkeypatch.setattr(FusedHead, "nats", None)
+    with torch.no_grad():
+        torch.testing.assert_close(token_loss(model, collate_packed(examples(), CPU), SftObjective()).sums, expected.sums)
+    uninstall_fused(model)
+    assert "nats" not in vars(head)
+    head.weight.requires_grad_(True)
+    install_fused(model)
+    assert "nats" not in vars(head)
 
 
 def test_long_rows_keep_what_attention_gave_and_learn_the_same(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
