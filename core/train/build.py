@@ -32,7 +32,7 @@ from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec, 
 from core.train.batches import TrainingRows, WeightedRows
 from core.train.device import make_accelerator, out_of_memory_named, seed_everything
 from core.train.fused.elementwise import PLAIN, compiled
-from core.train.fused.install import install_fused, uninstall_fused
+from core.train.fused.install import install_fused, uninstall_fused, weights_changed
 from core.train.losses import LOSSES, ExampleLosses, Loss, sequence_nats
 from core.train.optim import build_optimizer
 from core.train.selection import Selection
@@ -271,6 +271,7 @@ def _enter_fused(training: Training, spec: JobSpec, measured: Callable[[], Probe
     try:
         ops = compiled() if training.device.type == "cuda" else PLAIN
         done = install_fused(training.model, ops, offload=spec.memory.checkpointing_offload)
+        training.optimizer.optimizer.register_step_post_hook(lambda *_: weights_changed(training.model))
     except ValueError as error:
         raise BadSpec(f"memory.fused_layers: {error}") from error
     if training.device.type == "cuda":

@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from core.train.fused.adapters import Adapters
 from core.train.fused.elementwise import Elementwise
 from core.train.fused.ends import Gate, Heads, Norm, Straight, Whole
 from core.train.fused.families import Family, projections_of
@@ -51,15 +52,15 @@ class AttentionHalf:
     width = 2 * _OWN + 2
     """Of `given`."""
 
-    def __init__(self, layer: Any, family: Family, ops: Elementwise) -> None:
+    def __init__(self, layer: Any, family: Family, ops: Elementwise, adapters: Adapters) -> None:
         self._module, config = layer.self_attn, layer.self_attn.config
         self._counts = (config.num_attention_heads, config.num_key_value_heads)
         self._norms = (self._module.q_norm, self._module.k_norm) if family.head_norms else None
         epsilon = self._norms[0].variance_epsilon if self._norms else None
         heads = Heads(*self._counts, self._module.head_dim, paired=family.paired, epsilon=epsilon, ops=ops)
         groups = projections_of(layer, family)
-        self._heads = Projection(groups[0], Norm(layer.input_layernorm, ops), heads)
-        self._output = Projection(groups[1], Straight(), Whole())
+        self._heads = Projection(groups[0], Norm(layer.input_layernorm, ops), heads, adapters)
+        self._output = Projection(groups[1], Straight(), Whole(), adapters)
         self._last = Norm(layer.post_self_attn_layernorm, ops) if family.norms_after else None
         self.adapted = _first_adapted(groups[0] + groups[1])
 
@@ -132,6 +133,14 @@ class AttentionHalf:
         )
         return of_x, (*found_heads, *found_output, of_head_scale, of_scale)
 
+    def factors(self) -> tuple[torch.nn.Parameter, ...]:
+        return (*self._heads.factors(), *self._output.factors())
+
+    def of_factors(self, found: Tensors) -> Tensors:
+        """Gradients of `factors`, from those of `given`."""
+        first, second, *_ = _parts(found)
+        return (*self._heads.of_factors(first), *self._output.of_factors(second))
+
     def part(self) -> None:
         """Give the modules memory of their own again."""
         self._heads.part()
@@ -161,10 +170,12 @@ class AttentionHalf:
 class MlpHalf:
     """x [N, H] -> x + down(silu(gate) * up) of norm(x) [N, H]."""
 
-    def __init__(self, layer: Any, family: Family, ops: Elementwise) -> None:
+    width = 2 * _OWN + 1
+
+    def __init__(self, layer: Any, family: Family, ops: Elementwise, adapters: Adapters) -> None:
         groups = projections_of(layer, family)
-        self._gate_up = Projection(groups[2], Norm(layer.post_attention_layernorm, ops), Whole())
-        self._down = Projection(groups[3], Gate(ops), Whole())
+        self._gate_up = Projection(groups[2], Norm(layer.post_attention_layernorm, ops), Whole(), adapters)
+        self._down = Projection(groups[3], Gate(ops), Whole(), adapters)
         self._last = Norm(layer.post_mlp_layernorm, ops) if family.norms_after else None
         self.adapted = _first_adapted(groups[2] + groups[3])
 
@@ -245,6 +256,14 @@ class MlpHalf:
             del kept, of_part
             sums = [_added(one, other, exactly=len(parts[0]) > 1) for one, other in zip(sums, gradients, strict=True)]
         return found, tuple(sums)
+
+    def factors(self) -> tuple[torch.nn.Parameter, ...]:
+        return (*self._gate_up.factors(), *self._down.factors())
+
+    def of_factors(self, found: Tensors) -> Tensors:
+        """Gradients of `factors`, from those of `given`."""
+        first, second, *_ = _parts(found)
+        return (*self._gate_up.of_factors(first), *self._down.of_factors(second))
 
     def part(self) -> None:
         """Give the modules memory of their own again."""

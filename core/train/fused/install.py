@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from core.train.fused.adapters import Adapters
 from core.train.fused.elementwise import PLAIN, Elementwise
 from core.train.fused.families import FAMILIES, projections_of
 from core.train.fused.head import FusedHead
@@ -34,9 +35,11 @@ def install_fused(model: Any, ops: Elementwise = PLAIN, *, offload: bool = False
         raise ValueError("the model's layers are fused already")
     host = HostStreams(causal_lm.device) if offload else None
     family = FAMILIES[causal_lm.config.model_type]
-    for layer in layers:
+    adapters = Adapters()
+    for number, layer in enumerate(layers):
         recomputed = layer.gradient_checkpointing
-        layer.forward = FusedLayer(layer, family, ops, recomputed=recomputed, host=host if recomputed else None).forward
+        where = host if recomputed else None
+        layer.forward = FusedLayer(layer, family, ops, adapters, is_first=number == 0, recomputed=recomputed, host=where).forward
         layer.gradient_checkpointing = False
     head = causal_lm.get_output_embeddings()
     if type(head) is torch.nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
@@ -54,6 +57,12 @@ def uninstall_fused(model: Any) -> None:
             del layer.forward
             layer.gradient_checkpointing = fused.recomputed
             fused.part()
+
+
+def weights_changed(model: Any) -> None:
+    """To be said after a step of an optimizer: not all of them write so that torch notices."""
+    for fused in filter(None, map(fused_layer, _layers(_causal_lm(model))[:1])):
+        fused.adapters.changed()
 
 
 def fused_layer(layer: Any) -> FusedLayer | None:

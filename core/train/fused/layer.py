@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from core.train.fused.adapters import Adapters
 from core.train.fused.elementwise import Elementwise
 from core.train.fused.families import Family
 from core.train.fused.halves import AttentionHalf, Batch, MlpHalf
@@ -28,11 +29,22 @@ class FusedLayer:
     """
 
     def __init__(
-        self, layer: Any, family: Family, ops: Elementwise, *, recomputed: bool = False, host: HostStreams | None = None
+        self,
+        layer: Any,
+        family: Family,
+        ops: Elementwise,
+        adapters: Adapters,
+        *,
+        is_first: bool,
+        recomputed: bool = False,
+        host: HostStreams | None = None,
     ) -> None:
         self.layer = layer
         self.recomputed, self.host = recomputed, host
-        self.attention, self.mlp = AttentionHalf(layer, family, ops), MlpHalf(layer, family, ops)
+        self.adapters, self._is_first = adapters, is_first
+        self.attention = AttentionHalf(layer, family, ops, adapters)
+        self.mlp = MlpHalf(layer, family, ops, adapters)
+        self._factors = (*self.attention.factors(), *self.mlp.factors())
         self._adapted = self.attention.adapted or self.mlp.adapted
         self.places: tuple[int, ...] = () if host is None else (host.new_place(), host.new_place())
 
@@ -61,8 +73,12 @@ class FusedLayer:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
         turn = (position_embeddings[0].detach(), position_embeddings[1].detach())
         batch = Batch(dtype, turn, attention_mask, options)
+        if self._is_first:
+            self.adapters.refresh(dtype)
         given = (*self.attention.given(dtype), *self.mlp.given(dtype))
-        result: torch.Tensor = _Layer.apply(self, batch, torch.is_grad_enabled(), hidden_states.squeeze(0), *given)
+        result: torch.Tensor = _Layer.apply(
+            self, batch, torch.is_grad_enabled(), hidden_states.squeeze(0), *given, *self._factors
+        )
         return result[None]
 
     def _is_on(self) -> bool:
@@ -71,12 +87,13 @@ class FusedLayer:
 
 
 class _Layer(torch.autograd.Function):
-    """Attention, then the MLP. `given` is what may have a gradient of both."""
+    """Attention, then the MLP. `tensors` are what may have a gradient: `given` of both halves, then their `factors`."""
 
     @staticmethod
     def forward(
-        ctx: Any, layer: FusedLayer, batch: Batch, trains: bool, x: torch.Tensor, *given: torch.Tensor | None
+        ctx: Any, layer: FusedLayer, batch: Batch, trains: bool, x: torch.Tensor, *tensors: torch.Tensor | None
     ) -> torch.Tensor:
+        given = tensors[: layer.attention.width + layer.mlp.width]
         # Detached, so that the element-wise functions are compiled once, whether or not a gradient is asked for.
         x, given = x.detach(), tuple(None if part is None else part.detach() for part in given)
         first, second = given[: layer.attention.width], given[layer.attention.width :]
@@ -125,4 +142,4 @@ class _Layer(torch.autograd.Function):
         of_x, first = attention.backward(
             of_middle, x, tuple(given[:split]), tuple(of_attention), attended, batch, wanted[:split], wants_x=wants_x
         )
-        return None, None, None, of_x, *first, *second
+        return None, None, None, of_x, *first, *second, *attention.of_factors(first), *mlp.of_factors(second)

@@ -5,13 +5,13 @@ it, a quantised weight is dequantised again. N is tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 
 from core.models import start
+from core.train.fused.adapters import Adapters, Place, Stacked
 from core.train.fused.ends import After, Before
 from core.train.fused.weights import Dense, Weight, join_weights, part_weights, plain_layer, why_not_one
 
@@ -49,11 +49,17 @@ class Projection:
     that autograd doesn't see (`layer.py` is what it sees). Raises ValueError for modules that can't be one matrix.
     """
 
-    def __init__(self, modules: Sequence[torch.nn.Module], before: Before, after: After) -> None:
+    def __init__(self, modules: Sequence[torch.nn.Module], before: Before, after: After, adapters: Adapters) -> None:
         self._modules = tuple(modules)
         self._weight, self._bias = join_weights(modules)
         self._before, self._after = before, after
         self._outputs = [plain_layer(module).out_features for module in modules]
+        self._adapted, self._places = self._places_of()
+        parts = [part[ADAPTER] for module in self._adapted for part in (module.lora_A, module.lora_B)]
+        self._stacked: Stacked | None = None
+        if parts and all(isinstance(part, torch.nn.Linear) for part in parts):
+            factors = tuple(part.weight for part in parts)
+            self._stacked = adapters.add(Stacked(self._places, factors, sum(self._outputs)))
 
     def parameters(self, dtype: torch.dtype) -> Parameters:
         """With a way back to the modules' own for their gradients."""
@@ -129,23 +135,36 @@ class Projection:
         """Give the modules memory of their own again. The projection is of no use after that."""
         part_weights(self._modules, self._weight, self._bias)
 
+    def factors(self) -> tuple[torch.nn.Parameter, ...]:
+        """A and B of all modules where they are stacked for all micro-batches of a step."""
+        return () if self._stacked is None else self._stacked.factors
+
+    def of_factors(self, found: Parameters) -> list[torch.Tensor | None]:
+        """Gradients of `factors`, from those of the parameters."""
+        return [] if self._stacked is None else self._stacked.gradients(found.down, found.up)
+
     def _adapters(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """All modules' A one below the other [R, inputs] and their scaled B on a diagonal [outputs, R]; None without any."""
-        places: list[_Place] = []
-        factors: list[torch.Tensor] = []
+        if self._stacked is not None:
+            return self._stacked.down, self._stacked.up
+        if not self._places:
+            return None, None
+        factors = [_factor(part[ADAPTER]) for module in self._adapted for part in (module.lora_A, module.lora_B)]
+        stacked: tuple[torch.Tensor, torch.Tensor] = _Stack.apply(self._places, sum(self._outputs), dtype, *factors)
+        return stacked
+
+    def _places_of(self) -> tuple[list[Any], list[Place]]:
+        """(modules with an adapter, where each stands)."""
+        adapted, places = [], []
         row = rank = 0
         for module, outputs in zip(self._modules, self._outputs, strict=True):
             if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
-                pair = [_factor(part[ADAPTER]) for part in (module.lora_A, module.lora_B)]
-                width = len(pair[0])
-                places.append(_Place(slice(row, row + outputs), slice(rank, rank + width), module.scaling[ADAPTER]))
-                factors += pair
+                width = len(_factor(module.lora_A[ADAPTER]))
+                places.append(Place(slice(row, row + outputs), slice(rank, rank + width), module.scaling[ADAPTER]))
+                adapted.append(module)
                 rank += width
             row += outputs
-        if not places:
-            return None, None
-        stacked: tuple[torch.Tensor, torch.Tensor] = _Stack.apply(places, row, dtype, *factors)
-        return stacked
+        return adapted, places
 
 
 def why_no_projection(modules: Sequence[torch.nn.Module]) -> str | None:
@@ -163,15 +182,6 @@ def why_no_projection(modules: Sequence[torch.nn.Module]) -> str | None:
     return why_not_one(modules)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a module's LoRA stands among that of its neighbours."""
-
-    outputs: slice
-    ranks: slice
-    scale: float
-
-
 def _factor(module: Any) -> torch.Tensor:
     # A start along the weight's own directions has a second, frozen half (core.models.start).
     factor: torch.Tensor = module.both() if isinstance(module, start.Down | start.Up) else module.weight
@@ -183,7 +193,7 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, places: list[_Place], outputs: int, dtype: torch.dtype, *factors: torch.Tensor
+        ctx: Any, places: list[Place], outputs: int, dtype: torch.dtype, *factors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         down = torch.cat(factors[0::2]).to(dtype)
         up = down.new_zeros(outputs, len(down))
