@@ -158,7 +158,7 @@ class AttentionHalf:
         attend: Callable[..., tuple[torch.Tensor, Any]] = ALL_ATTENTION_FUNCTIONS[name]
         scaling = self._module.scaling
         found, _ = attend(self._module, queries, keys, values, batch.mask, dropout=0.0, scaling=scaling, **batch.options)
-        return found[0].flatten(1)
+        return found.squeeze(0).flatten(1)
 
     def _head_scale(self) -> torch.Tensor | None:
         """One row for each head of queries and keys."""

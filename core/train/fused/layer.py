@@ -119,8 +119,8 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         layer: FusedLayer = ctx.layer
         attention, mlp, batch = layer.attention, layer.mlp, ctx.batch
-        wants_x, wanted = ctx.needs_input_grad[3], ctx.needs_input_grad[4:]
         split = attention.width
+        wants_x, wanted = ctx.needs_input_grad[3], ctx.needs_input_grad[4 : 4 + split + mlp.width]
         if not layer.recomputed:
             x, middle, *others = ctx.saved_tensors
             given, kept = others[: ctx.counts[0]], others[ctx.counts[0] :]

@@ -246,11 +246,12 @@ def test_what_is_no_packed_batch_goes_through_the_layers_own(
     [
         {"checkpoints": {"every_steps": 3}},
         {"quantization": {"kind": "nf4"}},
+        {"optim": {"kind": "adamw_8bit", "learning_rate": 5e-3}, "checkpoints": {"every_steps": 3}},
         {"tuning": {"kind": "full"}, "optim": {"learning_rate": 1e-3}},
         {"tuning": {"kind": "lora", "rank": 4, "init": "pissa"}},
         {"memory": {"precision": "fp32", "checkpointing": True}},
     ],
-    ids=["lora", "nf4", "full", "pissa", "checkpointing"],
+    ids=["lora", "nf4", "8bit", "full", "pissa", "checkpointing"],
 )
 def test_a_run_learns_the_same_and_leaves_the_same(
     folders: Folders, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
