@@ -32,6 +32,10 @@ def trained_nats(model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Ten
 
 
 def _head_nats(head: Any, hidden: torch.Tensor, labels: torch.Tensor, config: Any) -> torch.Tensor:
+    own = getattr(head, "nats", None)  # a fused head's (core.train.fused.head)
+    if own is not None and torch.is_grad_enabled():
+        fused: torch.Tensor = own(hidden, labels)
+        return fused
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2's (arXiv 2408.00118)
 
     def nats_of(part: torch.Tensor, part_labels: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,8 @@ def _attend(
         return _row_by_row(query, key, value, cu_seq_lens_q.tolist(), scale), None
     # Under autocast rotary embeddings may leave queries and keys in fp32, and DoRA over 4-bit weights all three.
     narrow = torch.get_autocast_dtype("cuda") if value.dtype == torch.float32 else value.dtype
-    q, k, v = (part[0].transpose(0, 1).to(narrow) for part in (query, key, value))
+    # squeeze, whose way back is a view: an index would copy each gradient into zeros.
+    q, k, v = (part.squeeze(0).transpose(0, 1).to(narrow) for part in (query, key, value))
     return _varlen(q, k, v, cu_seq_lens_q, max_length_q, scale)[None], None
 
 

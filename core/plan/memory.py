@@ -17,8 +17,14 @@ from core.spec import Fp4Quantization, FullTuning, Int8Quantization, LoraTuning,
 from core.tuning import adapter_parameters, mora_size
 
 GIB = 1 << 30
+ATTENDED_AGAIN = 1024
+"""Up to rows this long a fused layer makes attention's result again (core.train.fused.layer)."""
+_CHUNK = 4096
+"""Tokens at once in the MLP of a fused layer that is made again (core.train.fused.halves)."""
 LOGITS_AT_ONCE = 1 << 26
 """The head is applied in chunks of so many logits (core.eval.nats)."""
+_FUSED_LOGITS = 1 << 25
+"""The same of a head that makes its gradient in the same pass (core.train.fused.head)."""
 _LOGIT_BYTES = 12
 """In the backward pass of the cross-entropy: its fp32 log-softmax, and two fp32 gradients."""
 
@@ -45,7 +51,8 @@ def kept_per_token(work: Work, tier: Tier) -> float:
     if "qkv_proj" in shape.linear:  # values are a view of all three as they were before their turn
         attention += size * (shape.queries + shape.keys)
     if tier == "fused":
-        return attention + _kept_by_fused(work)
+        again = size * shape.queries + 4 * shape.heads if work.longest <= ATTENDED_AGAIN else 0
+        return attention - again + _kept_by_fused(work)
     if shape.keeps_scores:  # capped, in the softmax's fp32, and what is multiplied with the values
         attention += shape.heads * work.longest * (2 * size + 4)
     elif tier == "plain" and size == 4:
@@ -91,9 +98,14 @@ def _step(work: Work, coefficients: Coefficients) -> MemoryEstimate:
         kept += work.held_tokens * stream_bytes(work) * recomputed
     # One layer's way back, together with that layer made again where it is; the logits are gone by then.
     passing = coefficients.passing * work.held_tokens * _passing(work) + _scratch(work)
-    if recomputed:
+    if recomputed and work.tier == "fused":
+        passing = coefficients.passing * _made_again(work)
+    elif recomputed:
         passing += work.held_tokens * layer
     logits = min(work.held_trained * work.shape.vocabulary, LOGITS_AT_ONCE) * _LOGIT_BYTES
+    if work.tier == "fused" and _has_fused_head(work):  # in the compute dtype, and each trained token's gradient
+        logits = min(work.held_trained * work.shape.vocabulary, _FUSED_LOGITS) * work.compute_bytes
+        kept += work.held_trained * work.shape.hidden * work.compute_bytes
     gradients = 4.0 * work.trainable
     if work.most_micro_batches == 1:  # they grow as what is kept goes
         gradients = max(0.0, gradients - kept)
@@ -194,6 +206,30 @@ def _ends(work: Work) -> float:
 def _passing(work: Work) -> float:
     """Bytes of a token while a layer's backward pass goes through its gate, the widest place: two gradients of that width."""
     return 2.0 * work.compute_bytes * work.shape.intermediate
+
+
+def _has_fused_head(work: Work) -> bool:
+    tuning = work.spec.tuning
+    return not work.is_full and not work.spec.data.new_tokens and not (isinstance(tuning, LoraTuning) and tuning.train_embeddings)
+
+
+def _made_again(work: Work) -> float:
+    """Bytes while a fused layer is made again and gone back through, at the wider of two moments: in its MLP, which goes chunk by
+    chunk between two matrices that lie ready, or in attention's backward pass."""
+    shape, size, stream = work.shape, work.compute_bytes, stream_bytes(work)
+    heads = shape.queries + 2 * shape.keys
+    is_offloaded = work.spec.memory.checkpointing_offload
+    # The sum behind attention, two gradients of the stream, and what is on its way from the host.
+    streams = (4 if is_offloaded else 3) * stream
+    chunk = work.held_tokens if work.is_full else min(work.held_tokens, _CHUNK)
+    matrices = 3 * size * shape.largest if packed_bytes(work.spec.quantization) is not None or work.is_full else 0
+    waiting = 0 if is_offloaded else size * (heads + shape.queries) + 4 * shape.heads
+    mlp = work.held_tokens * (streams + waiting) + chunk * 3 * size * shape.intermediate + matrices
+    # Queries, keys, values and their gradients, the result and its; a flash attention sums the queries' in fp32 and gives each
+    # row up to 128 tokens more.
+    summed = 4 * shape.queries * (1 + 128 / max(work.attended, 1))
+    attention = work.held_tokens * (streams + size * (2 * heads + 2 * shape.queries) + summed)
+    return float(max(mlp, attention))
 
 
 def _scratch(work: Work) -> float:

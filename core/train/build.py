@@ -32,7 +32,7 @@ from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec, 
 from core.train.batches import TrainingRows, WeightedRows
 from core.train.device import make_accelerator, out_of_memory_named, seed_everything
 from core.train.fused.elementwise import PLAIN, compiled
-from core.train.fused.install import install_fused, uninstall_fused
+from core.train.fused.install import install_fused, uninstall_fused, weights_changed
 from core.train.losses import LOSSES, ExampleLosses, Loss, sequence_nats
 from core.train.optim import build_optimizer
 from core.train.selection import Selection
@@ -263,13 +263,15 @@ def _enter_packed(training: Training, spec: JobSpec) -> None:
         said = assert_agreement(plain, again, packed, "packed", training.base.compute_dtype)
     training.choice = Choice("packed", f"{done}; on the first rows {said}")
     if spec.memory.fused_layers:
-        _enter_fused(training, lambda: measured(layout_of(spec, "fused")), plain, again)
+        _enter_fused(training, spec, lambda: measured(layout_of(spec, "fused")), plain, again)
 
 
-def _enter_fused(training: Training, measured: Callable[[], Probe], plain: Probe, again: Probe) -> None:
+def _enter_fused(training: Training, spec: JobSpec, measured: Callable[[], Probe], plain: Probe, again: Probe) -> None:
     """From the packed tier on to fused layers, which are held to the plain tier too; a disagreement is said and undone."""
     try:
-        done = install_fused(training.model, compiled() if training.device.type == "cuda" else PLAIN)
+        ops = compiled() if training.device.type == "cuda" else PLAIN
+        done = install_fused(training.model, ops, offload=spec.memory.checkpointing_offload)
+        training.optimizer.optimizer.register_step_post_hook(lambda *_: weights_changed(training.model))
     except ValueError as error:
         raise BadSpec(f"memory.fused_layers: {error}") from error
     if training.device.type == "cuda":

@@ -15,6 +15,7 @@ from core.models.nf4 import join_4bit
 from core.spec import LoraTuning, SftObjective
 from core.train.fused.elementwise import compiled
 from core.train.fused.install import install_fused, uninstall_fused
+from core.train.fused.offload import HostStreams
 from core.train.losses import token_loss
 from tests.core.models.test_nf4 import KINDS, TOY, WHOLE, layers_of, own
 from tests.core.train.fused import FAMILIES, Found, apart, examples
@@ -31,6 +32,39 @@ def test_the_joined_matrix_is_the_layers_own(cuda: torch.device, kind: str, doub
     joined = join_4bit(layers)
     assert torch.equal(joined.matrix(torch.float32), before)
     assert torch.equal(own(layers), before), "the layers read the same through their views"
+
+
+@pytest.mark.parametrize("layers", [1, 6])
+def test_what_waits_in_the_host_comes_back_as_it_was(cuda: torch.device, layers: int) -> None:
+    """However the copies fall: each tensor's memory is written over by the next as soon as it is let go."""
+    host = HostStreams(cuda)
+    places = [host.new_place() for _ in range(2 * layers)]
+    for size in (1 << 20, 1 << 24, 1 << 22):
+        expected = [float(size % 97 + number) for number in places]
+        for number, value in zip(places, expected, strict=True):
+            stream = torch.full((size,), value, dtype=torch.bfloat16, device=cuda)
+            host.send(number, stream)
+            del stream
+        found = []
+        for number in reversed(places):
+            back = host.fetch(number)
+            found.append((back.amin(), back.amax()))
+            back.zero_()
+            del back
+        expected = [float(torch.tensor(value, dtype=torch.bfloat16)) for value in expected]
+        assert [(float(low), float(high)) for low, high in reversed(found)] == [(value, value) for value in expected]
+
+
+def test_streams_in_the_host_leave_the_gpu(cuda: torch.device) -> None:
+    host, size = HostStreams(cuda), 1 << 24
+    places = [host.new_place() for _ in range(12)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for number in places:
+        host.send(number, torch.ones(size, dtype=torch.bfloat16, device=cuda))
+    for number in reversed(places):
+        host.fetch(number).add_(1)
+    assert torch.cuda.max_memory_allocated() - before <= 4 * 2 * size
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -66,6 +100,14 @@ def test_compiled_fused_layers_learn_what_the_packed_tier_learns(
     install_fused(model, compiled())
     fused = measured(model)
     uninstall_fused(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for offload in (False, True):
+        install_fused(model, compiled(), offload=offload)
+        recomputed = measured(model)
+        uninstall_fused(model)
+        assert apart(fused.gradients, recomputed.gradients) < 1e-2  # attention's backward pass adds in any order
+        torch.testing.assert_close(recomputed.sums, fused.sums, rtol=1e-3, atol=0)
+    model.gradient_checkpointing_disable()
     again = measured(model)
     distance = apart(packed.gradients, fused.gradients)
     assert distance < 3e-2

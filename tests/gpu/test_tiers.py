@@ -110,8 +110,9 @@ def test_every_family_packs_or_says_why_not(architecture: str, cache: Path, tmp_
         {"compile": True},
         {"fused_layers": True},
         {"fused_layers": True, "checkpointing": True},
+        {"fused_layers": True, "checkpointing": True, "checkpointing_offload": True},
     ],
-    ids=["checkpointing", "every-second", "offload", "compile", "fused", "fused-checkpointing"],
+    ids=["checkpointing", "every-second", "offload", "compile", "fused", "fused-checkpointing", "fused-offload"],
 )
 def test_a_lever_of_memory_changes_no_loss(tiny: Path, cache: Path, tmp_path: Path, memory: dict[str, Any]) -> None:
     series = []
@@ -141,9 +142,19 @@ def test_fp16_scales_its_gradients_and_learns(tiny: Path, cache: Path, tmp_path:
     assert losses(fp16) == pytest.approx(losses(bf16), abs=5e-2)
 
 
-def test_trap_5_no_micro_batch_waits_for_the_gpu(tiny: Path, cache: Path) -> None:
-    training = build_training(on_gpu(tiny, cache, spec_of(memory=BF16)))
-    assert training.choice.tier == "packed"
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {},
+        {"fused_layers": True},
+        {"fused_layers": True, "checkpointing": True},
+        {"fused_layers": True, "checkpointing": True, "checkpointing_offload": True},
+    ],
+    ids=["packed", "fused", "fused-checkpointing", "fused-offload"],
+)
+def test_trap_5_no_micro_batch_waits_for_the_gpu(tiny: Path, cache: Path, memory: dict[str, Any]) -> None:
+    training = build_training(on_gpu(tiny, cache, spec_of(memory=BF16 | memory)))
+    assert training.choice.tier == ("fused" if memory else "packed")
     examples = training.rows.step_rows(1)
     assert training.model.get_base_model().config._attn_implementation == DOCUMENTS
     torch.cuda.synchronize()

@@ -81,6 +81,16 @@ def turned_back(
     return torch.cat((*straight, values), 1).flatten(1)
 
 
+def nats_in_place(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats of logits [N, V] at labels [N], fp32 [N]; its gradient by the logits is written over them."""
+    wide = logits.float()
+    total = torch.logsumexp(wide, -1, keepdim=True)
+    is_label = (torch.arange(logits.shape[1], device=logits.device) == labels[:, None]).float()
+    nats = total[:, 0] - wide.gather(1, labels[:, None])[:, 0]
+    logits.copy_(torch.exp(wide - total) - is_label)
+    return nats
+
+
 @dataclass(frozen=True)
 class Elementwise:
     """The functions that a layer uses; a field each, so that compiled ones can take their place."""
@@ -93,6 +103,7 @@ class Elementwise:
     gate_back_in_place: Callable[..., Any] = gate_back_in_place
     turn_in_place: Callable[..., Any] = turn_in_place
     turned_back: Callable[..., Any] = turned_back
+    nats_in_place: Callable[..., Any] = nats_in_place
 
 
 PLAIN = Elementwise()

@@ -114,33 +114,31 @@ class Gate:
 
 
 class After(Protocol):
-    """From a product to what a projection gives. `turn` are tensors that take part."""
+    """From a product to what goes on from it. `turn` is what it takes beside the product."""
 
     def forward(self, y: torch.Tensor, *turn: torch.Tensor) -> tuple[Kept, Kept]:
-        """(results, what is kept). The product may be changed in place: nobody else has it."""
+        """(results, what is kept beside them). y may be written over."""
         ...
 
-    def backward(self, gradients: tuple[Any, ...], kept: Kept) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-        """(gradient of the product, gradients of `turn`)."""
+    def backward(self, gradients: Kept, kept: Kept, *turn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(gradient of y, gradient of the parameter in `turn` if there is one)."""
         ...
 
 
 class Whole:
-    """The product as it is."""
+    """The product itself."""
 
     def forward(self, y: torch.Tensor, *turn: torch.Tensor) -> tuple[Kept, Kept]:
         return (y,), ()
 
-    def backward(self, gradients: tuple[Any, ...], kept: Kept) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-        return gradients[0], ()
+    def backward(self, gradients: Kept, kept: Kept, *turn: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0], None
 
 
 class Heads:
-    """Queries, keys and values in heads, [1, heads, N, D] as transformers' attention takes them, turned by their positions.
+    """Queries, keys and values [1, heads, N, D], positions turned in, normed head by head first where there is an epsilon.
 
-    All three are views of the product, so that attention keeps that and no more; with a norm over the heads (Qwen3) queries and
-    keys are new, because the norm's way back needs the old ones. `turn` is cos and sin [1, N, R], each in R / 2 values and once
-    more, and the norm's scale [query and key heads, D] where there is one.
+    Takes cos and sin [1, N, R], as transformers' rotary embeddings give them, and the norms' scale, a row for each head.
     """
 
     def __init__(self, queries: int, keys: int, size: int, *, paired: bool, epsilon: float | None, ops: Elementwise) -> None:
@@ -148,28 +146,31 @@ class Heads:
         self._paired, self._epsilon, self._ops = paired, epsilon, ops
 
     def forward(self, y: torch.Tensor, *turn: torch.Tensor) -> tuple[Kept, Kept]:
-        half = turn[0].shape[-1] // 2
-        cos, sin = turn[0][0, :, :half], turn[1][0, :, :half]
         heads = y.unflatten(1, (-1, self._size))
         straight, values = heads.split([self._queries + self._keys, self._keys], 1)
         turned: torch.Tensor = straight
-        kept: Kept = (cos, sin)
+        kept: Kept = ()
         if self._epsilon is not None:
             turned, inverse = self._ops.normed(straight, turn[2], self._epsilon, y.dtype)
-            kept = (cos, sin, straight, inverse, turn[2])
-        self._ops.turn_in_place(turned, cos, sin, self._paired)
+            kept = (straight, inverse)
+        self._ops.turn_in_place(turned, *_half(turn), self._paired)
         parts = (*turned.split([self._queries, self._keys], 1), values)
         return tuple(part.transpose(0, 1)[None] for part in parts), kept
 
-    def backward(self, gradients: tuple[Any, ...], kept: Kept) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-        cos, sin, *normed = kept
+    def backward(self, gradients: Kept, kept: Kept, *turn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         parts = [gradient[0].transpose(0, 1) for gradient in gradients]
-        found = self._ops.turned_back(*parts, cos, sin, self._paired)
-        if not normed:
-            return found, (None, None)
-        straight, inverse, scale = normed
+        found: torch.Tensor = self._ops.turned_back(*parts, *_half(turn), self._paired)
+        if not kept:
+            return found, None
+        straight, inverse = kept
         heads = found.unflatten(1, (-1, self._size))
         gradient = heads[:, : self._queries + self._keys]
-        of_scale = self._ops.normed_back_scale(gradient, straight, inverse).to(scale.dtype)
-        gradient.copy_(self._ops.normed_back(gradient, straight, scale, inverse, None))
-        return found, (None, None, of_scale)
+        of_scale = self._ops.normed_back_scale(gradient, straight, inverse).to(turn[2].dtype)
+        gradient.copy_(self._ops.normed_back(gradient, straight, turn[2], inverse, None))
+        return found, of_scale
+
+
+def _half(turn: Kept) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [N, R / 2]: transformers' tables hold each twice."""
+    half = turn[0].shape[-1] // 2
+    return turn[0][0, :, :half], turn[1][0, :, :half]

@@ -4,20 +4,28 @@ same objects, so saving, checkpoints, resuming and the optimiser know nothing of
 
 from typing import Any
 
+import torch
+
+from core.train.fused.adapters import Adapters
 from core.train.fused.elementwise import PLAIN, Elementwise
-from core.train.fused.layer import FAMILIES, FusedLayer, projections_of
+from core.train.fused.families import FAMILIES, projections_of
+from core.train.fused.head import FusedHead
+from core.train.fused.layer import FusedLayer
+from core.train.fused.offload import HostStreams
 from core.train.fused.projection import why_no_projection
 
 _ACTIVATIONS = ("silu", "swish")
 
 
-def install_fused(model: Any, ops: Elementwise = PLAIN) -> str:
-    """Replace the forward of every decoder layer; what is not a batch of packed rows still goes through the layer's own.
+def install_fused(model: Any, ops: Elementwise = PLAIN, *, offload: bool = False) -> str:
+    """Replace the forward of every decoder layer, and the loss of a head that doesn't train.
 
-    Weights of layers that read one input become views of one matrix, group by group, so memory grows by one group while it
-    happens and not at all in the end. `ops` are the element-wise functions, compiled or not. Returns what was done. Raises
-    ValueError, with the reason, for a model that has no fused layers or has them already. Attention is not asked about: packed
-    rows are the condition of all this (core.catalog.can_pack).
+    What is not a batch of packed rows still goes through a layer's own forward. Weights of layers that read one input become
+    views of one matrix, group by group, so memory grows by one group while it happens and not at all in the end. `ops` are the
+    element-wise functions, compiled or not. Layers that were to be checkpointed make themselves again from then on; with
+    `offload` the host keeps what they are made from. Returns what was done. Raises ValueError, with the reason, for a model
+    that has no fused layers or has them already. Attention is not asked about: packed rows are the condition of all this
+    (core.catalog.can_pack).
     """
     causal_lm = _causal_lm(model)
     if reason := _obstacle(causal_lm):
@@ -25,19 +33,36 @@ def install_fused(model: Any, ops: Elementwise = PLAIN) -> str:
     layers = _layers(causal_lm)
     if any(fused_layer(layer) is not None for layer in layers):
         raise ValueError("the model's layers are fused already")
-    for layer in layers:
-        layer.forward = FusedLayer(layer, FAMILIES[causal_lm.config.model_type], ops).forward
+    host = HostStreams(causal_lm.device) if offload else None
+    family = FAMILIES[causal_lm.config.model_type]
+    adapters = Adapters()
+    for number, layer in enumerate(layers):
+        recomputed = layer.gradient_checkpointing
+        where = host if recomputed else None
+        layer.forward = FusedLayer(layer, family, ops, adapters, is_first=number == 0, recomputed=recomputed, host=where).forward
+        layer.gradient_checkpointing = False
+    head = causal_lm.get_output_embeddings()
+    if type(head) is torch.nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
+        head.nats = FusedHead(head, ops).nats
     how = "plain" if ops is PLAIN else "compiled"
     return f"fused layers ({len(layers)} of {causal_lm.config.model_type}, element-wise functions {how})"
 
 
 def uninstall_fused(model: Any) -> None:
     """Put every layer's own forward back and give its weights memory of their own. Harmless where nothing was installed."""
+    vars(_causal_lm(model).get_output_embeddings()).pop("nats", None)
     for layer in _layers(_causal_lm(model)):
         fused = fused_layer(layer)
         if fused is not None:
             del layer.forward
+            layer.gradient_checkpointing = fused.recomputed
             fused.part()
+
+
+def weights_changed(model: Any) -> None:
+    """To be said after a step of an optimizer: not all of them write so that torch notices."""
+    for fused in filter(None, map(fused_layer, _layers(_causal_lm(model))[:1])):
+        fused.adapters.changed()
 
 
 def fused_layer(layer: Any) -> FusedLayer | None:

@@ -1,71 +1,52 @@
 """A decoder layer of Llama, Qwen2, Qwen3, GLM or GLM-4 over packed rows, on the modules of transformers' own layer.
 
-For each token it keeps its input, queries, keys and values, attention's result, what that adds up to, gate and up; GLM-4 two
-more of the residual stream's width for the norms of what is added, Qwen3 queries and keys as they were before their norm.
-Transformers' layer with peft's LoRA keeps about twice as much.
+It is one autograd function, because what autograd sees it keeps. For each token it keeps its input, queries, keys and values,
+the sum behind attention, gate and up; GLM-4 two more of the residual stream's width for the norms of what is added, Qwen3
+queries and keys as they were before their norm. Attention's result is kept where rows are long, and made again where they are
+short and that costs next to nothing. A checkpointed layer keeps its input alone, or nothing where the host keeps it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from core.train.fused.adapters import Adapters
 from core.train.fused.elementwise import Elementwise
-from core.train.fused.ends import Gate, Heads, Norm, Straight, Whole
-from core.train.fused.projection import ADAPTER, Projection
+from core.train.fused.families import Family
+from core.train.fused.halves import AttentionHalf, Batch, MlpHalf
+from core.train.fused.offload import HostStreams
+from core.train.fused.projection import ADAPTER
 
-
-@dataclass(frozen=True)
-class Family:
-    """How the layers of a model_type differ from Llama's."""
-
-    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
-    paired: bool = False
-    """Rotary pairs stand side by side."""
-    head_norms: bool = False
-    """Queries and keys are normed head by head."""
-    norms_after: bool = False
-    """What attention and gate add to the residual stream is normed before."""
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(head_norms=True),
-    "glm": Family(gate_up=("gate_up_proj",), paired=True),
-    "glm4": Family(gate_up=("gate_up_proj",), paired=True, norms_after=True),
-}
-"""By model_type in config.json."""
-
-
-def projections_of(layer: Any, family: Family) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-    """Linear modules of a layer that read one input: (queries, keys, values), (attention's output), (gate, up), (down)."""
-    attention, mlp = layer.self_attn, layer.mlp
-    heads = [attention.q_proj, attention.k_proj, attention.v_proj]
-    return heads, [attention.o_proj], [getattr(mlp, name) for name in family.gate_up], [mlp.down_proj]
+ATTENDED_AGAIN = 1024
+"""Tokens of the longest row up to which attention runs twice instead of being kept: at 130 it is 1% of a 7B's products."""
 
 
 class FusedLayer:
-    """Takes the place of a layer's forward. No module: the model's modules and their names stay what they are."""
+    """Takes the place of a layer's forward. No module: the model's modules and their names stay what they are.
 
-    def __init__(self, layer: Any, family: Family, ops: Elementwise) -> None:
+    `recomputed` keeps the input alone; with `host` it waits there together with the sum behind attention, which saves
+    making that again.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        family: Family,
+        ops: Elementwise,
+        adapters: Adapters,
+        *,
+        is_first: bool,
+        recomputed: bool = False,
+        host: HostStreams | None = None,
+    ) -> None:
         self.layer = layer
-        self._attention, self._family, self._ops = layer.self_attn, family, ops
-        config, size = self._attention.config, self._attention.head_dim
-        queries, keys = config.num_attention_heads, config.num_key_value_heads
-        self._norms = (self._attention.q_norm, self._attention.k_norm) if family.head_norms else None
-        self._counts = (queries, keys)
-        epsilon = self._norms[0].variance_epsilon if self._norms else None
-        heads = Heads(queries, keys, size, paired=family.paired, epsilon=epsilon, ops=ops)
-        groups = projections_of(layer, family)
-        self._heads = Projection(groups[0], Norm(layer.input_layernorm, ops), heads, passes_on=True)
-        self._output = Projection(groups[1], Straight(), Whole())
-        self._gate_up = Projection(groups[2], Norm(layer.post_attention_layernorm, ops), Whole(), passes_on=True)
-        self._down = Projection(groups[3], Gate(ops), Whole())
-        self._adapted = next((module for group in groups for module in group if isinstance(module, LoraLayer)), None)
+        self.recomputed, self.host = recomputed, host
+        self.adapters, self._is_first = adapters, is_first
+        self.attention = AttentionHalf(layer, family, ops, adapters)
+        self.mlp = MlpHalf(layer, family, ops, adapters)
+        self._factors = (*self.attention.factors(), *self.mlp.factors())
+        self._adapted = self.attention.adapted or self.mlp.adapted
+        self.places: tuple[int, ...] = () if host is None else (host.new_place(), host.new_place())
 
     def forward(self, hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         """[1, N, hidden] -> the same, as the layer's own forward. Whatever is no batch of packed rows goes through that one:
@@ -76,8 +57,8 @@ class FusedLayer:
 
     def part(self) -> None:
         """Give the layer's modules memory of their own again."""
-        for projection in (self._heads, self._output, self._gate_up, self._down):
-            projection.part()
+        self.attention.part()
+        self.mlp.part()
 
     def _packed(
         self,
@@ -88,62 +69,77 @@ class FusedLayer:
         **options: Any,
     ) -> torch.Tensor:
         assert position_embeddings is not None
-        queries, keys, values, x = self._heads(hidden_states[0], *position_embeddings, *self._head_scale())
-        attended, _ = self._attend()(
-            self._attention,
-            queries,
-            keys,
-            values,
-            attention_mask,
-            dropout=0.0,
-            scaling=self._attention.scaling,
-            **options,
+        kind = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+        turn = (position_embeddings[0].detach(), position_embeddings[1].detach())
+        batch = Batch(dtype, turn, attention_mask, options)
+        if self._is_first:
+            self.adapters.refresh(dtype)
+        given = (*self.attention.given(dtype), *self.mlp.given(dtype))
+        result: torch.Tensor = _Layer.apply(
+            self, batch, torch.is_grad_enabled(), hidden_states.squeeze(0), *given, *self._factors
         )
-        (plus,) = self._output(attended[0].flatten(1))
-        both, x = self._gate_up(x, plus=self._normed_after("post_self_attn_layernorm", plus))
-        (plus,) = self._down(both)
-        return (x + self._normed_after("post_mlp_layernorm", plus))[None]
+        return result[None]
 
     def _is_on(self) -> bool:
         adapted = self._adapted
         return adapted is None or (adapted.active_adapters == [ADAPTER] and not adapted.disable_adapters and not adapted.merged)
 
-    def _attend(self) -> Callable[..., tuple[torch.Tensor, Any]]:
-        name = self._attention.config._attn_implementation
-        if name not in ALL_ATTENTION_FUNCTIONS:
-            raise ValueError(f"packed rows need an attention that knows their bounds, not {name!r}")
-        found: Callable[..., tuple[torch.Tensor, Any]] = ALL_ATTENTION_FUNCTIONS[name]
-        return found
 
-    def _head_scale(self) -> tuple[torch.Tensor, ...]:
-        """One row for each head of queries and keys."""
-        if self._norms is None:
-            return ()
-        return (torch.cat([norm.weight.expand(count, -1) for norm, count in zip(self._norms, self._counts, strict=True)]),)
-
-    def _normed_after(self, name: str, plus: torch.Tensor) -> torch.Tensor:
-        if not self._family.norms_after:
-            return plus
-        normed: torch.Tensor = _Normed.apply(self._ops, getattr(self.layer, name), plus, getattr(self.layer, name).weight)
-        return normed
-
-
-class _Normed(torch.autograd.Function):
-    """RMSNorm that keeps its input and one number a token."""
+class _Layer(torch.autograd.Function):
+    """Attention, then the MLP. `tensors` are what may have a gradient: `given` of both halves, then their `factors`."""
 
     @staticmethod
-    def forward(ctx: Any, ops: Elementwise, module: Any, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        norm = Norm(module, ops)
-        x, scale = x.detach(), scale.detach()
-        result, inverse = norm.forward(x, scale, x.dtype)
-        ctx.save_for_backward(x, scale, inverse)
-        ctx.norm = norm
+    def forward(
+        ctx: Any, layer: FusedLayer, batch: Batch, trains: bool, x: torch.Tensor, *tensors: torch.Tensor | None
+    ) -> torch.Tensor:
+        given = tensors[: layer.attention.width + layer.mlp.width]
+        # Detached, so that the element-wise functions are compiled once, whether or not a gradient is asked for.
+        x, given = x.detach(), tuple(None if part is None else part.detach() for part in given)
+        first, second = given[: layer.attention.width], given[layer.attention.width :]
+        ctx.layer, ctx.batch = layer, batch
+        if layer.recomputed or not trains:
+            middle, _, _ = layer.attention.forward(x, first, batch, with_graph=False)
+            assert middle is not None
+            if trains and layer.host is not None:
+                for place, part in zip(layer.places, (x, middle), strict=True):
+                    layer.host.send(place, part)
+            ctx.save_for_backward(None if layer.host is not None else x, *given)
+            return layer.mlp.through(middle, second, batch)
+        longest = batch.options.get("max_length_q")
+        is_long = longest is None or longest > ATTENDED_AGAIN
+        middle, of_attention, ctx.attended = layer.attention.forward(x, first, batch, with_graph=is_long)
+        assert middle is not None
+        result, of_mlp = layer.mlp.forward(middle, second, batch)
+        ctx.counts = (len(given), len(of_attention))
+        ctx.save_for_backward(x, middle, *given, *of_attention, *of_mlp)
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        x, scale, inverse = ctx.saved_tensors
-        of_scale = None
-        if ctx.needs_input_grad[3]:
-            of_scale = ctx.norm.backward_scale(gradient, x, scale, inverse)
-        return None, None, ctx.norm.backward(gradient, x, scale, inverse, None), of_scale
+        layer: FusedLayer = ctx.layer
+        attention, mlp, batch = layer.attention, layer.mlp, ctx.batch
+        split = attention.width
+        wants_x, wanted = ctx.needs_input_grad[3], ctx.needs_input_grad[4 : 4 + split + mlp.width]
+        if not layer.recomputed:
+            x, middle, *others = ctx.saved_tensors
+            given, kept = others[: ctx.counts[0]], others[ctx.counts[0] :]
+            of_attention, of_mlp = kept[: ctx.counts[1]], kept[ctx.counts[1] :]
+            of_middle, second = mlp.backward(gradient, middle, tuple(given[split:]), tuple(of_mlp), batch, wanted[split:])
+            attended, ctx.attended = ctx.attended, None
+        else:
+            x, *given = ctx.saved_tensors
+            middle = of_attention = attended = None
+            if layer.host is not None:
+                middle = layer.host.fetch(layer.places[1])
+            else:
+                middle, of_attention, attended = attention.forward(x, tuple(given[:split]), batch, with_graph=True)
+            of_middle, second = mlp.backward_again(gradient, middle, tuple(given[split:]), batch, wanted[split:])
+            del middle
+            if layer.host is not None:
+                x = layer.host.fetch(layer.places[0])
+                _, of_attention, attended = attention.forward(x, tuple(given[:split]), batch, with_graph=True, to_sum=False)
+        of_x, first = attention.backward(
+            of_middle, x, tuple(given[:split]), tuple(of_attention), attended, batch, wanted[:split], wants_x=wants_x
+        )
+        return None, None, None, of_x, *first, *second, *attention.of_factors(first), *mlp.of_factors(second)

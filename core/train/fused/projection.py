@@ -1,17 +1,17 @@
 """Linear layers that read one input as one matrix product, with their LoRA and what stands before and after it.
 
 Kept for the backward pass is the input of all that, and next to nothing else: a norm's or a gate's result is made again from
-it, a quantised weight is dequantised again. It is one autograd function because what autograd sees it keeps. N is tokens.
+it, a quantised weight is dequantised again. N is tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 
 from core.models import start
+from core.train.fused.adapters import Adapters, Place, Stacked
 from core.train.fused.ends import After, Before
 from core.train.fused.weights import Dense, Weight, join_weights, part_weights, plain_layer, why_not_one
 
@@ -19,56 +19,152 @@ ADAPTER = "default"
 """Name of the adapter that trains."""
 
 
+class Parameters(NamedTuple):
+    """What of a projection may have a gradient, and after the way back those gradients."""
+
+    scale: torch.Tensor | None = None
+    """Of the norm before it."""
+    weight: torch.Tensor | None = None
+    """Only where it is trained; what is multiplied with is the projection's own."""
+    bias: torch.Tensor | None = None
+    down: torch.Tensor | None = None
+    """LoRA's A of all modules, one below the other [R, inputs], in the compute dtype."""
+    up: torch.Tensor | None = None
+    """Their scaled B on a diagonal [outputs, R]."""
+
+
+class Kept(NamedTuple):
+    """Between the passes, beside the input and the parameters."""
+
+    before: torch.Tensor | None = None
+    reduced: torch.Tensor | None = None
+    """What A gives, [N, R]; made again where it is None."""
+    after: tuple[torch.Tensor, ...] = ()
+
+
 class Projection:
     """Linear modules of a model, with or without LoRA on them, that read the same input.
 
-    From the moment it is made until `part`, the modules' weights are views of one matrix. `passes_on` returns the input, too
-    (with `plus` on it): who goes on with it hands its gradient back to where it is added without a pass of its own.
-    Raises ValueError for modules that can't be one matrix.
+    From the moment it is made until `part`, the modules' weights are views of one matrix. Both passes are plain functions
+    that autograd doesn't see (`layer.py` is what it sees). Raises ValueError for modules that can't be one matrix.
     """
 
-    def __init__(self, modules: Sequence[torch.nn.Module], before: Before, after: After, *, passes_on: bool = False) -> None:
+    def __init__(self, modules: Sequence[torch.nn.Module], before: Before, after: After, adapters: Adapters) -> None:
         self._modules = tuple(modules)
         self._weight, self._bias = join_weights(modules)
-        self._plan = _Plan(self._weight, before, after, passes_on)
+        self._before, self._after = before, after
         self._outputs = [plain_layer(module).out_features for module in modules]
+        self._adapted, self._places = self._places_of()
+        parts = [part[ADAPTER] for module in self._adapted for part in (module.lora_A, module.lora_B)]
+        self._stacked: Stacked | None = None
+        if parts and all(isinstance(part, torch.nn.Linear) for part in parts):
+            factors = tuple(part.weight for part in parts)
+            self._stacked = adapters.add(Stacked(self._places, factors, sum(self._outputs)))
 
-    def __call__(self, x: torch.Tensor, *turn: torch.Tensor, plus: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """x [N, inputs] -> what `after` makes of [N, outputs], then x + plus if it is passed on. `turn` goes to `after`."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    def parameters(self, dtype: torch.dtype) -> Parameters:
+        """With a way back to the modules' own for their gradients."""
         weight = self._weight.trained() if isinstance(self._weight, Dense) else None
         bias = None
         if self._bias is not None:
             trained = self._bias.trained()
             bias = self._bias.joined if trained is None else trained
-        down, up = self._adapters(dtype)
-        outputs: tuple[torch.Tensor, ...] = _Project.apply(
-            self._plan, dtype, x, plus, self._plan.before.scale, weight, bias, down, up, *turn
-        )
-        return outputs
+        return Parameters(self._before.scale, weight, bias, *self._adapters(dtype))
+
+    def at_hand(self, dtype: torch.dtype) -> Weight:
+        """The weight in `dtype`, for several products in a row."""
+        return self._weight.at_hand(dtype)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        given: Parameters,
+        dtype: torch.dtype,
+        *turn: torch.Tensor,
+        weight: Weight | None = None,
+    ) -> tuple[tuple[torch.Tensor, ...], Kept]:
+        """after((z W^T + b) + (z A^T) B^T) with z = before(x), x [N, inputs]. `turn` goes to `after`."""
+        z, kept_before = self._before.forward(x, given.scale, dtype)
+        y = (weight or self._weight).multiply(z, None if given.bias is None else given.bias.to(dtype))
+        reduced = None
+        if given.down is not None and given.up is not None:
+            reduced = z @ given.down.t()
+            y.addmm_(reduced, given.up.t())
+        del z
+        results, kept_after = self._after.forward(y, *turn)
+        return results, Kept(kept_before, reduced, kept_after)
+
+    def backward(
+        self,
+        gradients: tuple[torch.Tensor, ...],
+        x: torch.Tensor,
+        given: Parameters,
+        kept: Kept,
+        wanted: Sequence[bool],
+        dtype: torch.dtype,
+        *turn: torch.Tensor,
+        further: torch.Tensor | None = None,
+        wants_x: bool = True,
+        weight: Weight | None = None,
+    ) -> tuple[torch.Tensor | None, Parameters, torch.Tensor | None]:
+        """(gradient of x plus `further`, those of `given` that are `wanted`, that of `turn`'s). A gate's x is written over."""
+        dy, of_turn = self._after.backward(gradients, kept.after, *turn)
+        of_x = of_scale = of_weight = of_bias = of_down = of_up = of_reduced = None
+        if given.bias is not None and wanted[2]:
+            of_bias = dy.sum(0).to(given.bias.dtype)
+        if given.down is not None or given.weight is not None:
+            z = self._before.again(x, given.scale, kept.before, dtype)
+            if given.down is not None and given.up is not None:
+                reduced = z @ given.down.t() if kept.reduced is None else kept.reduced
+                of_reduced = dy @ given.up
+                of_up = dy.t() @ reduced
+                of_down = of_reduced.t() @ z
+            if given.weight is not None and wanted[1]:
+                of_weight = (dy.t() @ z).to(given.weight.dtype)
+            del z  # as large as what follows
+        if wants_x or wanted[0]:
+            dz = (weight or self._weight).multiply_back(dy)
+            if of_reduced is not None:
+                dz.addmm_(of_reduced, given.down)
+            if wanted[0]:
+                of_scale = self._before.backward_scale(dz, x, given.scale, kept.before)
+            if wants_x:
+                of_x = self._before.backward(dz, x, given.scale, kept.before, further)
+        return of_x, Parameters(of_scale, of_weight, of_bias, of_down, of_up), of_turn
 
     def part(self) -> None:
         """Give the modules memory of their own again. The projection is of no use after that."""
         part_weights(self._modules, self._weight, self._bias)
 
+    def factors(self) -> tuple[torch.nn.Parameter, ...]:
+        """A and B of all modules where they are stacked for all micro-batches of a step."""
+        return () if self._stacked is None else self._stacked.factors
+
+    def of_factors(self, found: Parameters) -> list[torch.Tensor | None]:
+        """Gradients of `factors`, from those of the parameters."""
+        return [] if self._stacked is None else self._stacked.gradients(found.down, found.up)
+
     def _adapters(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """All modules' A one below the other [R, inputs] and their scaled B on a diagonal [outputs, R]; None without any."""
-        places: list[_Place] = []
-        factors: list[torch.Tensor] = []
+        if self._stacked is not None:
+            return self._stacked.down, self._stacked.up
+        if not self._places:
+            return None, None
+        factors = [_factor(part[ADAPTER]) for module in self._adapted for part in (module.lora_A, module.lora_B)]
+        stacked: tuple[torch.Tensor, torch.Tensor] = _Stack.apply(self._places, sum(self._outputs), dtype, *factors)
+        return stacked
+
+    def _places_of(self) -> tuple[list[Any], list[Place]]:
+        """(modules with an adapter, where each stands)."""
+        adapted, places = [], []
         row = rank = 0
         for module, outputs in zip(self._modules, self._outputs, strict=True):
             if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
-                pair = [_factor(part[ADAPTER]) for part in (module.lora_A, module.lora_B)]
-                width = len(pair[0])
-                places.append(_Place(slice(row, row + outputs), slice(rank, rank + width), module.scaling[ADAPTER]))
-                factors += pair
+                width = len(_factor(module.lora_A[ADAPTER]))
+                places.append(Place(slice(row, row + outputs), slice(rank, rank + width), module.scaling[ADAPTER]))
+                adapted.append(module)
                 rank += width
             row += outputs
-        if not places:
-            return None, None
-        stacked: tuple[torch.Tensor, torch.Tensor] = _Stack.apply(places, row, dtype, *factors)
-        return stacked
+        return adapted, places
 
 
 def why_no_projection(modules: Sequence[torch.nn.Module]) -> str | None:
@@ -86,23 +182,6 @@ def why_no_projection(modules: Sequence[torch.nn.Module]) -> str | None:
     return why_not_one(modules)
 
 
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    weight: Weight
-    before: Before
-    after: After
-    passes_on: bool
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a module's LoRA stands among that of its neighbours."""
-
-    outputs: slice
-    ranks: slice
-    scale: float
-
-
 def _factor(module: Any) -> torch.Tensor:
     # A start along the weight's own directions has a second, frozen half (core.models.start).
     factor: torch.Tensor = module.both() if isinstance(module, start.Down | start.Up) else module.weight
@@ -114,7 +193,7 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, places: list[_Place], outputs: int, dtype: torch.dtype, *factors: torch.Tensor
+        ctx: Any, places: list[Place], outputs: int, dtype: torch.dtype, *factors: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         down = torch.cat(factors[0::2]).to(dtype)
         up = down.new_zeros(outputs, len(down))
@@ -130,73 +209,3 @@ class _Stack(torch.autograd.Function):
             found.append(down[place.ranks].to(ctx.dtype))
             found.append(up[place.outputs, place.ranks].to(ctx.dtype) * place.scale)
         return None, None, None, *found
-
-
-class _Project(torch.autograd.Function):
-    """after((z W^T + b) + (z A^T) B^T) with z = before(x + plus)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        plan: _Plan,
-        dtype: torch.dtype,
-        x: torch.Tensor,
-        plus: torch.Tensor | None,
-        scale: torch.Tensor | None,
-        weight: torch.Tensor | None,  # only where it is trained; what is multiplied with is the plan's
-        bias: torch.Tensor | None,
-        down: torch.Tensor | None,
-        up: torch.Tensor | None,
-        *turn: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.dtypes = (x.dtype, None if plus is None else plus.dtype)
-        # Detached, so that the element-wise functions are compiled once, whether or not a gradient is asked for.
-        total = x if plus is None else x + plus
-        read = total.detach()
-        scale = None if scale is None else scale.detach()
-        z, kept_before = plan.before.forward(read, scale, dtype)
-        y = plan.weight.multiply(z, None if bias is None else bias.to(dtype))
-        reduced = None
-        if down is not None and up is not None:
-            reduced = z @ down.t()
-            y.addmm_(reduced, up.t())
-        results, kept_after = plan.after.forward(y, *(part.detach() for part in turn))
-        ctx.multiplied_again = down is not None or weight is not None
-        needs_input = plan.before.needs_input or ctx.multiplied_again
-        ctx.save_for_backward(read if needs_input else None, scale, kept_before, bias, down, up, reduced, *kept_after)
-        ctx.plan, ctx.dtype = plan, dtype
-        ctx.weight_dtype = None if weight is None else weight.dtype
-        ctx.set_materialize_grads(False)
-        return (*results, total) if plan.passes_on else results
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        plan: _Plan = ctx.plan
-        needs_x, needs_plus, needs_scale, needs_weight, needs_bias = ctx.needs_input_grad[2:7]
-        x, scale, kept_before, bias, down, up, reduced, *kept_after = ctx.saved_tensors
-        further = gradients[-1] if plan.passes_on else None
-        dy, of_turn = plan.after.backward(gradients[:-1] if plan.passes_on else gradients, tuple(kept_after))
-        of_x = of_plus = of_scale = of_weight = of_bias = of_down = of_up = None
-        if needs_bias:
-            of_bias = dy.sum(0).to(bias.dtype)
-        if ctx.multiplied_again:
-            z = plan.before.again(x, scale, kept_before, ctx.dtype)
-            if down is not None:
-                of_reduced = dy @ up
-                of_up = dy.t() @ reduced
-                of_down = of_reduced.t() @ z
-            if needs_weight:
-                of_weight = (dy.t() @ z).to(ctx.weight_dtype)
-            del z  # as large as what follows
-        if needs_x or needs_plus or needs_scale:
-            dz = plan.weight.multiply_back(dy)
-            if down is not None:
-                dz.addmm_(of_reduced, down)
-            if needs_scale:
-                of_scale = plan.before.backward_scale(dz, x, scale, kept_before)
-            if needs_x or needs_plus:
-                of_sum = plan.before.backward(dz, x, scale, kept_before, further)
-                of_x, of_plus = (
-                    of_sum.to(dtype) if needed else None for dtype, needed in zip(ctx.dtypes, (needs_x, needs_plus), strict=True)
-                )
-        return None, None, of_x, of_plus, of_scale, of_weight, of_bias, of_down, of_up, *of_turn

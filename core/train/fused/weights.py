@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear
 
-from core.models.nf4 import is_4bit, join_4bit, part_4bit, why_not_joined
+from core.models.nf4 import Joined4bit, is_4bit, join_4bit, part_4bit, why_not_joined
 
 
 class Weight(Protocol):
@@ -23,6 +23,10 @@ class Weight(Protocol):
 
     def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
         """Gradient [N, outputs] -> gradient W [N, inputs]."""
+        ...
+
+    def at_hand(self, dtype: torch.dtype) -> "Weight":
+        """The same for several products in a row, as one matrix in `dtype` that lives as long as it is held."""
         ...
 
 
@@ -43,6 +47,9 @@ class Dense:
     def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
         return gradient @ self.joined.to(gradient.dtype)
 
+    def at_hand(self, dtype: torch.dtype) -> "Weight":
+        return AtHand(self.joined.to(dtype))
+
     def trained(self) -> torch.Tensor | None:
         """The joined matrix with a way back to the parameters for its gradient; None where all are frozen."""
         if any(parameter.requires_grad for parameter in self.parameters):
@@ -55,6 +62,38 @@ class Dense:
         if len(self.parameters) > 1:
             for parameter in self.parameters:
                 parameter.data = parameter.data.clone()
+
+
+class FourBit:
+    """Frozen weights in 4 bits: dequantised for every product, so that they are never whole for longer."""
+
+    def __init__(self, joined: Joined4bit) -> None:
+        self._joined = joined
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._joined.multiply(x, bias)
+
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        return self._joined.multiply_back(gradient)
+
+    def at_hand(self, dtype: torch.dtype) -> Weight:
+        return AtHand(self._joined.matrix(dtype))
+
+
+class AtHand:
+    """A matrix in the dtype that it is multiplied in."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self._matrix = matrix
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear(x, self._matrix, bias)
+
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient @ self._matrix
+
+    def at_hand(self, dtype: torch.dtype) -> Weight:
+        return self
 
 
 class _AsOne(torch.autograd.Function):
@@ -97,7 +136,7 @@ def join_weights(modules: Sequence[torch.nn.Module]) -> tuple[Weight, Dense | No
         raise ValueError(reason)
     layers = [plain_layer(module) for module in modules]
     bias = None if layers[0].bias is None else Dense([layer.bias for layer in layers])
-    return (join_4bit(layers) if is_4bit(layers[0]) else Dense([layer.weight for layer in layers])), bias
+    return (FourBit(join_4bit(layers)) if is_4bit(layers[0]) else Dense([layer.weight for layer in layers])), bias
 
 
 def part_weights(modules: Sequence[torch.nn.Module], weight: Weight, bias: Dense | None) -> None:

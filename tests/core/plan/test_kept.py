@@ -9,9 +9,11 @@ import pytest
 
 from core.adapter import Quantization
 from core.models import documents
+from core.plan import memory
 from core.plan.memory import kept_per_token, stream_bytes
 from core.plan.work import Tier, work_of
 from core.spec import JobSpec, LoraTuning, MoraTuning
+from core.train.fused import halves, head, layer
 from core.train.fused.install import install_fused
 from tests.core.train.fused import Flash, Folders, adapted, base_of, folders_in, kept, packed
 
@@ -36,7 +38,7 @@ def counted(folder: Any, family: str, tier: Tier, **fields: Any) -> tuple[float,
     config = json.loads((folder / "config.json").read_text())
     architecture = config["architectures"][0]
     work = work_of(spec, architecture=architecture, parameters=1, config=config, counts=None, steps=None)
-    return kept_per_token(replace(work, has_kernels=False), tier), stream_bytes(work)
+    return kept_per_token(replace(work, has_kernels=False, longest=300), tier), stream_bytes(work)
 
 
 def saved(
@@ -53,10 +55,10 @@ def saved(
         else:
             kind = MoraTuning if tuning["kind"] == "mora" else LoraTuning
             model = adapted(base_of(folder, "bf16", quantization), kind.model_validate(tuning))
-        if fused:
-            install_fused(model)
         if recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if fused:
+            install_fused(model)
         found[layers] = [kept(model, tokens, "bf16") for tokens in (100, 300)]
     few, many = (found[4][n] - found[2][n] for n in (0, 1))
     return (many - few) / 200 / 2
@@ -112,7 +114,13 @@ def test_a_fused_layer(folders: Folders, family: str, tuning: dict[str, Any]) ->
     assert saved(folders, family, tuning, "none", fused=True, recompute=False) == wanted
 
 
+def test_the_plan_knows_the_engine_s_bounds() -> None:
+    assert (memory.ATTENDED_AGAIN, memory._CHUNK) == (layer.ATTENDED_AGAIN, halves._CHUNK)
+    assert head.LOGITS_AT_ONCE == memory._FUSED_LOGITS
+
+
 @pytest.mark.parametrize("tuning", [RANK_3, FULL])
 def test_a_checkpointed_layer_keeps_the_stream_alone(folders: Folders, tuning: dict[str, Any]) -> None:
     _, stream = counted(folders("llama", layers=1), "llama", "packed", tuning=tuning)
     assert saved(folders, "llama", tuning, "none", fused=False, recompute=True) == stream
+    assert saved(folders, "llama", tuning, "none", fused=True, recompute=True) == stream

@@ -16,6 +16,8 @@ from core.models.adapt import load_adapter, save_lora
 from core.models.load import dequantized_weight
 from core.models.targets import find_targets
 from core.spec import LoraTuning, MoraTuning, SftObjective
+from core.train.fused import halves
+from core.train.fused.head import FusedHead
 from core.train.fused.install import fused_layer, install_fused, uninstall_fused
 from core.train.fused.layer import FusedLayer
 from core.train.losses import token_loss
@@ -127,16 +129,83 @@ def test_rows_know_nothing_of_each_other(folders: Folders, family: str) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("family", ["llama", "glm4"])
-def test_checkpointing_changes_nothing(folders: Folders, family: str, every: int) -> None:
-    model = adapted(base_of(folders(family), quantization="nf4-double"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointed_layers_make_themselves_again(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, family: str, every: int
+) -> None:
+    """From their input, or from what the host kept; in one chunk and in many. Batches of unlike lengths, as in a run."""
+    batches = [collate_packed(examples(seed, longest=longest), CPU) for seed, longest in ((1, 20), (2, 31), (3, 25))]
+    model = adapted(base_of(folders(family, layers=3), quantization="nf4-double"))
+    install_fused(model)
+    expected, kept_without = [measured(model, batch=batch) for batch in batches], kept(model, 60)
+    uninstall_fused(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=every)
+    kept_by = {}
+    for offload in (False, True):
+        install_fused(model, offload=offload)
+        kept_by[offload] = kept(model, 60)
+        assert [measured(model, batch=batch).equals(wanted) for batch, wanted in zip(batches, expected, strict=True)] == [
+            True
+        ] * 3
+        monkeypatch.setattr(halves, "_CHUNK", 16)
+        for batch, wanted in zip(batches, expected, strict=True):
+            assert_same(measured(model, batch=batch), wanted)
+        monkeypatch.undo()
+        uninstall_fused(model)
+    assert [layer.gradient_checkpointing for layer in model.get_base_model().model.layers] == [True, every == 1, True]
+    assert kept_by[True] < kept_by[False] < kept_without
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_tuning_is_checkpointed_in_one_chunk(folders: Folders, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    model = packed(base_of(folders(family)).requires_grad_(True))
     install_fused(model)
     expected = measured(model)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}, every_n_layers=every)
+    uninstall_fused(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    monkeypatch.setattr(halves, "_CHUNK", 16)
+    install_fused(model, offload=True)
+    assert_same(measured(model), expected)
+
+
+def test_a_head_that_does_not_train_gives_loss_and_gradient_in_one_pass(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one chunk and in many; where it trains it is left alone, as is who asks for no gradient."""
+    model = adapted(base_of(folders("llama")))
+    expected = measured(model)
+    install_fused(model)
+    head = model.get_output_embeddings()
+    monkeypatch.setattr("core.train.fused.head.LOGITS_AT_ONCE", 8 * len(head.weight))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Linear, "forward", None)
+        assert_same(measured(model), expected)
+    monkeypatch.setattr(FusedHead, "nats", None)
+    with torch.no_grad():
+        torch.testing.assert_close(token_loss(model, collate_packed(examples(), CPU), SftObjective()).sums, expected.sums)
+    uninstall_fused(model)
+    assert "nats" not in vars(head)
+    head.weight.requires_grad_(True)
+    install_fused(model)
+    assert "nats" not in vars(head)
+
+
+def test_long_rows_keep_what_attention_gave_and_learn_the_same(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(base_of(folders("qwen3")))
+    install_fused(model)
+    expected = measured(model)
+    monkeypatch.setattr("core.train.fused.layer.ATTENDED_AGAIN", 8)
     assert measured(model).equals(expected)
-    kept_without = kept(model, 60)
-    model.gradient_checkpointing_disable()
-    assert kept_without < kept(model, 60)
+
+
+def test_a_pass_that_was_given_up_leaves_nothing_behind(folders: Folders) -> None:
+    """A GPU whose memory runs out between the passes does the step again."""
+    model = adapted(base_of(folders("llama")))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    install_fused(model, offload=True)
+    expected = measured(model)
+    token_loss(model, collate_packed(examples(9), CPU), SftObjective())
+    assert measured(model).equals(expected)
 
 
 def test_what_is_no_packed_batch_goes_through_the_layers_own(
@@ -177,11 +246,12 @@ def test_what_is_no_packed_batch_goes_through_the_layers_own(
     [
         {"checkpoints": {"every_steps": 3}},
         {"quantization": {"kind": "nf4"}},
+        {"optim": {"kind": "adamw_8bit", "learning_rate": 5e-3}, "checkpoints": {"every_steps": 3}},
         {"tuning": {"kind": "full"}, "optim": {"learning_rate": 1e-3}},
         {"tuning": {"kind": "lora", "rank": 4, "init": "pissa"}},
         {"memory": {"precision": "fp32", "checkpointing": True}},
     ],
-    ids=["lora", "nf4", "full", "pissa", "checkpointing"],
+    ids=["lora", "nf4", "8bit", "full", "pissa", "checkpointing"],
 )
 def test_a_run_learns_the_same_and_leaves_the_same(
     folders: Folders, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
