@@ -38,12 +38,18 @@ class Batch:
     """Where rows begin and end, as transformers hands it on to an attention."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attended:
     """Attention as autograd has it: queries, keys and values, and its result [N, heads * size] with a way back to them."""
 
     leaves: list[torch.Tensor]
     result: torch.Tensor
+
+    def backward(self, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Gradients of queries, keys and values, which are let go, whoever else holds this: what follows needs the room."""
+        found = torch.autograd.grad(self.result, self.leaves, gradient)
+        self.leaves, self.result = [], gradient.new_empty(0)
+        return found
 
 
 class AttentionHalf:
@@ -80,10 +86,12 @@ class AttentionHalf:
         if with_graph:
             attended = self._attended(queries, keys, values, batch)
             result = attended.result.detach()
+            parts: Tensors = (None, None, None)  # which it keeps itself
         else:
             result = self._attend(queries, keys, values, batch)
+            parts = (queries, keys, values)
         straight, inverse = kept.after or (None, None)
-        found = (kept.before, kept.reduced, straight, inverse, queries, keys, values)
+        found = (kept.before, kept.reduced, straight, inverse, *parts)
         if not to_sum and self._last is None:
             return None, (*found, None, None, None), attended
         (plus,), kept_output = self._output.forward(result, of_output, batch.dtype)
@@ -111,13 +119,12 @@ class AttentionHalf:
             assert values is not None
             attended = self._attended(queries, keys, values, batch)
         of_plus, of_scale = _normed_back(self._last, gradient.to(batch.dtype), plus, scale, plus_inverse, wanted[-1])
-        result = attended.result
         of_result, found_output, _ = self._output.backward(
-            (of_plus,), result.detach(), of_output, Kept(None, reduced_output), wanted[_OWN : 2 * _OWN], batch.dtype
+            (of_plus,), attended.result.detach(), of_output, Kept(None, reduced_output), wanted[_OWN : 2 * _OWN], batch.dtype
         )
         assert of_result is not None
-        parts = torch.autograd.grad(result, attended.leaves, of_result)
-        del attended, result, of_result, of_plus
+        parts = attended.backward(of_result)
+        del attended, of_result, of_plus, queries, keys, values
         kept_after = () if straight is None or inverse is None else (straight, inverse)
         of_x, found_heads, of_head_scale = self._heads.backward(
             parts,
