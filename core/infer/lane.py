@@ -5,11 +5,12 @@ others go on from where they were, since a step that did not end has moved nothi
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from core.infer.runner import Runner, Share
-from core.infer.sampling import draw
+from core.infer.sampling import Drawn, draw
 from core.infer.schedule import Scheduler
 from core.infer.ticket import Ticket
 
@@ -23,7 +24,14 @@ class Lane:
         self.schedule: Scheduler[Ticket] = Scheduler(runner, running=running, tokens=tokens)
 
     def step(self) -> None:
-        """One step of whoever has a turn."""
+        """One step of whoever has a turn. Raises nothing: what can't be laid at one request's door fails all that run."""
+        try:
+            self._step()
+        except Exception as error:
+            for ticket in list(self.schedule.running):
+                self._fail(ticket, error)
+
+    def _step(self) -> None:
         taken = self.schedule.shares()
         if not taken:
             return
@@ -53,10 +61,22 @@ class Lane:
         if not ready:
             return
         asked = [tickets[number] for number in ready]
-        for ticket, drawn in zip(asked, draw(logits[ready], [ticket.progress.drawing() for ticket in asked]), strict=True):
+        for ticket, drawn in zip(asked, self._drawn(asked, logits[ready]), strict=True):
+            if isinstance(drawn, Exception):
+                self._fail(ticket, drawn)
+                continue
             ticket.push(drawn)
             if ticket.is_done:
                 self.schedule.leave(ticket)
+
+    def _drawn(self, tickets: list[Ticket], logits: torch.Tensor) -> Sequence[Drawn | Exception]:
+        drawings = [ticket.progress.drawing() for ticket in tickets]
+        try:
+            return draw(logits, drawings)
+        except Exception as error:
+            if len(tickets) == 1:
+                return [error]
+        return [self._drawn([ticket], logits[row : row + 1])[0] for row, ticket in enumerate(tickets)]
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         is_memory = isinstance(error, torch.OutOfMemoryError)

@@ -240,6 +240,23 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(
     assert good.ids == [item.id for item in bench.expected(1, prompt(0, 8), sampling) if isinstance(item, Token)]
 
 
+def test_a_setting_that_can_not_be_drawn_with_fails_its_request_alone(bench: Bench, start: Callable[..., Engine]) -> None:
+    """The endpoint refuses an id outside the vocabulary; who comes by another door must not end the loop."""
+    engine = start()
+    bad, good, sampling = Asked(), Asked(), Sampling(max_tokens=12, ignore_eos=True)
+    outside = Sampling(max_tokens=12, logit_bias=((100_000, 1.0),))
+    engine.call(
+        lambda: [
+            engine.submit(bench.servables[1], prompt(0, 9), outside, bad),
+            engine.submit(bench.servables[2], prompt(0, 8), sampling, good),
+        ]
+    )
+    assert bad.wait() == Failed("the engine failed on this request")
+    assert isinstance(good.wait(), End)
+    assert good.ids == [item.id for item in bench.expected(2, prompt(0, 8), sampling) if isinstance(item, Token)]
+    assert bench.pages.available == bench.pages.count
+
+
 def test_a_seed_says_the_text_at_any_load(bench: Bench, start: Callable[..., Engine]) -> None:
     engine = start()
     sampling = Sampling(max_tokens=40, temperature=1.0, seed=7, ignore_eos=True)
