@@ -187,7 +187,13 @@ def spec_of(name: str, tier: Tier, steps: int) -> JobSpec:
     _, method, _, how = name.split("/")
     case, length = CASES[name], how.split("-")[0]
     by = case.rows if tier != "plain" or case.rows < _PLAIN_ROWS else _PLAIN_ROWS
-    memory: dict[str, Any] = {"fused_layers": tier == "fused", "checkpointing": how.endswith("ckpt")}
+    # Unsloth, whose figures stand beside, sends what it keeps to the host too; on the other tiers that is slow.
+    is_checkpointed = how.endswith("ckpt")
+    memory: dict[str, Any] = {
+        "fused_layers": tier == "fused",
+        "checkpointing": is_checkpointed,
+        "checkpointing_offload": is_checkpointed and tier == "fused",
+    }
     return JobSpec.model_validate(
         {
             "base_model": "bench/model",
