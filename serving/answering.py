@@ -105,6 +105,7 @@ class Answering:
             self._tickets.append(ticket)
             self._watches.append(Watch(serving.meters, label))
         serving.meters.prompt_tokens.labels(*label).inc(len(ids))
+        self._cached = serving.meters.cached_tokens.labels(*label)
 
     async def items(self) -> AsyncIterator[tuple[int, Item]]:
         """(choice, what it got), until each has its End or one has Failed. Leaving early cancels the rest."""
@@ -113,6 +114,8 @@ class Answering:
             while ended < len(self._tickets):
                 choice, item = await self._items.get()
                 self._watches[choice].saw(item)
+                if isinstance(item, End) and choice == 0:  # the prompt was counted once
+                    self._cached.inc(self.cached_tokens)
                 yield choice, item
                 if isinstance(item, Failed):
                     return

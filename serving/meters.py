@@ -31,6 +31,9 @@ class Meters:
             "strop_serving_requests", "Choices asked for, by how they ended.", (*_LABELS, "outcome"), registry=registry
         )
         self.prompt_tokens = Counter("strop_serving_prompt_tokens", "Prompt tokens taken in.", _LABELS, registry=registry)
+        self.cached_tokens = Counter(
+            "strop_serving_cached_prompt_tokens", "Of them, found in memory from an earlier request.", _LABELS, registry=registry
+        )
         self.generated_tokens = Counter("strop_serving_generated_tokens", "Tokens generated.", _LABELS, registry=registry)
         self.first_seconds = Histogram(
             "strop_serving_first_token_seconds", "Submission to first token.", _LABELS, buckets=_FIRST, registry=registry
@@ -57,8 +60,10 @@ class Meters:
             self._outcomes.remove(outcome)
             self.requests.remove(*outcome)
         for label in [label for label in self.waiting if label not in kept]:
-            for meter in (self.prompt_tokens, self.generated_tokens, self.first_seconds, self.between_seconds):
-                meter.remove(*label)
+            for counter in (self.prompt_tokens, self.cached_tokens, self.generated_tokens):
+                counter.remove(*label)
+            for histogram in (self.first_seconds, self.between_seconds):
+                histogram.remove(*label)
             for gauge, tally in ((self._waiting_gauge, self.waiting), (self._running_gauge, self.running)):
                 gauge.remove(*label)
                 del tally[label]

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from core.infer.runner import PAGE
 from store.adapters import CHANNEL
 from store.keys import create_key
 from store.tables import DEFAULT_PROJECT
@@ -31,6 +32,7 @@ def test_ids_and_logprobs_over_http_equal_those_of_a_fresh_process(service: Serv
     assert answer["model"] == "pirate@1"
     assert answer["usage"] == {
         "prompt_tokens": len(answer["prompt_token_ids"]),
+        "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens": 16,
         "total_tokens": len(answer["prompt_token_ids"]) + 16,
     }
@@ -46,7 +48,7 @@ def test_a_stream_says_what_the_whole_answer_says(service: Service) -> None:
     assert [number for chunk in chunks for number in chunk["token_ids"] or []] == whole["token_ids"]
     assert [number for chunk in chunks for number in chunk["logprobs"] or []] == pytest.approx(whole["logprobs"], abs=1e-5)
     assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + [whole["finish_reason"]]
-    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-1]["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
     assert len({chunk["id"] for chunk in chunks}) == 1
 
 
@@ -137,7 +139,10 @@ def test_metrics_tell_each_model_apart_and_forget_what_is_served_no_longer(servi
     service.deploy(published)
     service.wait_routable("pirate")
     service.app.state.serving.directory.bases[0].stop_ids = ()
-    prompt = service.ask("tiny", max_tokens=5).json()["usage"]["prompt_tokens"]
+    first, second = (service.ask("tiny", max_tokens=5).json()["usage"] for _ in range(2))
+    prompt = first["prompt_tokens"]
+    assert first["prompt_tokens_details"]["cached_tokens"] == 0
+    assert second["prompt_tokens_details"]["cached_tokens"] == (prompt - 1) // PAGE * PAGE > 0
     service.ask("pirate", max_tokens=3)
     service.app.state.serving.engine._max_waiting, before = 0, service.app.state.serving.engine._max_waiting
     service.ask("pirate@1")
@@ -145,19 +150,20 @@ def test_metrics_tell_each_model_apart_and_forget_what_is_served_no_longer(servi
     service.app.state.serving.engine._max_waiting = before
     found = numbers()
     base, adapter = '{model="tiny",project=""}', f'{{model="pirate@1",project="{DEFAULT_PROJECT}"}}'
-    assert found[f"strop_serving_prompt_tokens_total{base}"] == prompt
-    assert found[f"strop_serving_generated_tokens_total{base}"] == 5
-    assert found[f"strop_serving_first_token_seconds_count{base}"] == 1
-    assert found[f"strop_serving_inter_token_seconds_count{base}"] == 4
+    assert found[f"strop_serving_prompt_tokens_total{base}"] == 2 * prompt
+    assert found[f"strop_serving_cached_prompt_tokens_total{base}"] == second["prompt_tokens_details"]["cached_tokens"]
+    assert found[f"strop_serving_generated_tokens_total{base}"] == 10
+    assert found[f"strop_serving_first_token_seconds_count{base}"] == 2
+    assert found[f"strop_serving_inter_token_seconds_count{base}"] == 8
     assert found[f"strop_serving_waiting{base}"] == found[f"strop_serving_running{base}"] == 0
-    assert found['strop_serving_requests_total{model="tiny",outcome="length",project=""}'] == 1
+    assert found['strop_serving_requests_total{model="tiny",outcome="length",project=""}'] == 2
     assert 0 < found[f"strop_serving_generated_tokens_total{adapter}"] <= 3
     assert found[f'strop_serving_requests_total{{model="pirate@1",outcome="queue_full",project="{DEFAULT_PROJECT}"}}'] == 1
     assert not any("absent" in name for name in found)
     service.undeploy(published)
     wait_for(lambda: "pirate" not in service.models())
     assert {name for name in numbers() if "pirate" in name} == set()
-    assert numbers()[f"strop_serving_generated_tokens_total{base}"] == 5
+    assert numbers()[f"strop_serving_generated_tokens_total{base}"] == 10
 
 
 @pytest.fixture

@@ -28,6 +28,12 @@ def raw(service: Service, **options: Any) -> Any:
     return service.client.post("/v1/chat/completions", json=body, headers=service.bearer())
 
 
+def counted(usage: Any) -> tuple[int, int, int]:
+    """All but what happened to be in memory, which a second request finds and the first does not."""
+    told = usage if isinstance(usage, dict) else usage.model_dump()
+    return told["prompt_tokens"], told["completion_tokens"], told["total_tokens"]
+
+
 def test_a_chat_is_answered_by_the_version_that_it_names(service: Service, client: openai.OpenAI) -> None:
     service.deploy(service.publish(1))
     service.wait_routable("pirate")
@@ -41,7 +47,8 @@ def test_a_chat_is_answered_by_the_version_that_it_names(service: Service, clien
         assert choice.message.content == native["text"]
         assert (choice.message.role, choice.index, choice.finish_reason) == ("assistant", 0, native["finish_reason"])
         assert answer.usage is not None
-        assert answer.usage.model_dump(include=set(native["usage"])) == native["usage"]
+        assert counted(answer.usage) == counted(native["usage"])
+        assert answer.usage.prompt_tokens_details is not None
         fingerprints.add(answer.system_fingerprint)
     assert len(fingerprints) == 2
 
@@ -52,7 +59,7 @@ def test_a_stream_has_the_shape_that_clients_rely_on(service: Service, client: o
     chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     assert len({(chunk.id, chunk.created, chunk.model, chunk.system_fingerprint) for chunk in chunks}) == 1
     *told, usage = chunks
-    assert (usage.choices, usage.usage) == ([], whole.usage)
+    assert (usage.choices, counted(usage.usage)) == ([], counted(whole.usage))
     assert all(chunk.usage is None and "usage" in chunk.model_fields_set for chunk in told)
     assert told[0].choices[0].delta.model_dump(exclude_unset=True) == {"role": "assistant", "content": ""}
     assert told[-1].choices[0].delta.model_dump(exclude_unset=True) == {}
@@ -93,7 +100,7 @@ def test_log_probabilities_are_told_as_openai_tells_them(service: Service, clien
     native = service.ask("tiny", max_tokens=9, logprobs=True).json()
     assert answer.choices[0].logprobs is not None
     content = answer.choices[0].logprobs.content or []
-    assert [one.logprob for one in content] == native["logprobs"]
+    assert [one.logprob for one in content] == pytest.approx(native["logprobs"], abs=1e-5)
     for one in content:
         assert len(one.top_logprobs) == 4
         assert (one.top_logprobs[0].token, one.top_logprobs[0].logprob) == (one.token, one.logprob)
@@ -104,7 +111,9 @@ def test_log_probabilities_are_told_as_openai_tells_them(service: Service, clien
         if chunk.choices[0].logprobs is not None
         for entry in chunk.choices[0].logprobs.content or []
     ]
-    assert told == content
+    assert [one.token for one in told] == [one.token for one in content]
+    assert [one.logprob for one in told] == pytest.approx([one.logprob for one in content], abs=1e-5)
+    assert [len(one.top_logprobs) for one in told] == [4] * len(content)
 
 
 def test_stop_limits_and_the_extras_of_vllm_are_obeyed(service: Service, client: openai.OpenAI) -> None:
@@ -149,7 +158,7 @@ def test_a_conversation_goes_on_with_the_message_as_it_came(client: openai.OpenA
     plain = [*ASKED, {"role": "assistant", "content": answer.content}, {"role": "user", "content": "And of Spain?"}]
     by_text = client.chat.completions.create(model="tiny", messages=plain, max_tokens=5, temperature=0)
     assert by_parts.choices[0].message == by_text.choices[0].message
-    assert by_parts.usage == by_text.usage
+    assert counted(by_parts.usage) == counted(by_text.usage)
 
 
 def test_control_tokens_in_a_message_stay_ordinary_text(service: Service) -> None:
@@ -245,11 +254,11 @@ def test_a_full_queue_is_waited_for_as_told(service: Service, client: openai.Ope
     engine, slept, calls = service.app.state.serving.engine, [], []
     submit, sleep = engine.submit, time.sleep
 
-    def full_at_first(*arguments: Any) -> Any:
+    def full_at_first(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 1:
             raise QueueFull("64 requests wait already")
-        return submit(*arguments)
+        return submit(*arguments, **options)
 
     monkeypatch.setattr(engine, "submit", full_at_first)
     monkeypatch.setattr(time, "sleep", lambda seconds: (slept.append(seconds), sleep(min(seconds, 0.05))))
@@ -267,10 +276,10 @@ def test_choices_that_find_no_room_leave_none_behind(service: Service, client: o
     engine = service.app.state.serving.engine
     submit, tickets = engine.submit, []
 
-    def room_for_two(*arguments: Any) -> Any:
+    def room_for_two(*arguments: Any, **options: Any) -> Any:
         if len(tickets) == 2:
             raise QueueFull("64 requests wait already")
-        tickets.append(submit(*arguments))
+        tickets.append(submit(*arguments, **options))
         return tickets[-1]
 
     engine.submit = room_for_two
