@@ -83,6 +83,15 @@ def can_pack(architecture: str, config: dict[str, Any], max_length: int) -> str 
     return None
 
 
+def packed_reach(architecture: str, config: dict[str, Any], max_length: int) -> int:
+    """The longest rows, up to `max_length` tokens, that `can_pack` allows; 0 where it allows none."""
+    bounds = [max_length]
+    if architecture in FAMILIES:
+        bounds += [bound for bound in (_sliding_window(architecture, config), _fixed_reach(config)) if bound is not None]
+    reach = min(bounds)
+    return reach if can_pack(architecture, config, reach) is None else 0
+
+
 def _softcap(architecture: str, config: dict[str, Any]) -> float | None:
     family = FAMILIES.get(architecture)
     cap: float | None = config.get("attn_logit_softcapping", family.softcap if family else None)

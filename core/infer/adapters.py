@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from core.adapter import BaseIdentity
 from core.errors import ArtifactError
-from core.infer.runner import Runner, kv_bytes_per_token, obstacle
+from core.infer.runner import Runner, kv_bytes_per_token, reach_of
 from core.models.adapt import load_adapter, unwrap
 from core.models.load import LoadedBase
 
@@ -30,7 +30,7 @@ class AdaptedBase:
         self._active: str | None = None
         self.kv_gib = kv_gib
         self.runner: Runner | None = None
-        if obstacle(base.model) is None:
+        if reach_of(base.model):
             tokens = int(kv_gib * 2**30) // kv_bytes_per_token(base.model)
             tokens = min(tokens, 16 * base.model.config.max_position_embeddings)
             self.runner = Runner(base.model, kv_tokens=tokens, make_bare=lambda: self.activate(None))

@@ -144,7 +144,7 @@ class Engine:
             new, self._new = self._new, deque()
         for ticket in new:
             host = ticket.servable.host
-            if not ticket.servable.is_packed:
+            if not ticket.is_packed:
                 self._alone.append(ticket)
                 continue
             if host not in self._lanes:

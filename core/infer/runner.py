@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.catalog import can_pack
+from core.catalog import packed_reach
 from core.infer.attention import KeyValues, PagedStep, Span, paged_attention
 from core.infer.lora import LoraSites, LoraWeights
 from core.infer.pages import Pages, chain_key
@@ -50,9 +50,10 @@ class Runner:
 
     def __init__(self, model: Any, *, kv_tokens: int, make_bare: Callable[[], None] = lambda: None) -> None:
         """`kv_tokens` is the room for keys and values. `make_bare` is called before each step: other adapters on the model
-        must not act in it. Raises ValueError for a model that packed steps can't express."""
-        if reason := obstacle(model):
-            raise ValueError(reason)
+        must not act in it. Raises ValueError for a model that packed steps can't express (`reach_of`)."""
+        if not reach_of(model):
+            raise ValueError("packed steps can't express the model's attention")
+        self.reach = reach_of(model)
         self._model = model
         self._make_bare = make_bare
         self.sites = LoraSites(model)
@@ -148,10 +149,10 @@ class Runner:
             context.chain.append(key)
 
 
-def obstacle(model: Any) -> str | None:
-    """Why packed steps can't express a model, in a few words; None where they can."""
+def reach_of(model: Any) -> int:
+    """Most tokens of a request that packed steps can express; 0 where they can't express the model at all."""
     architecture = (model.config.architectures or ["unknown"])[0]
-    return can_pack(architecture, model.config.to_dict(), model.config.max_position_embeddings)
+    return packed_reach(architecture, model.config.to_dict(), model.config.max_position_embeddings)
 
 
 def kv_bytes_per_token(model: Any) -> int:

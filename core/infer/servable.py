@@ -29,15 +29,14 @@ class Servable:
         self.template = choose_template("model", self.tokenizer)
         self.stop_ids = stop_ids(self.tokenizer, self.template)
         self.context_length = int(host.model.config.max_position_embeddings)
-        if self.is_packed and host.runner is not None:
-            self.context_length = min(self.context_length, host.runner.kv_tokens)
+        # Most tokens of a request that is answered in packed steps, beside those of other adapters.
+        self.packed_tokens = 0
+        if host.runner is not None and adapter is None:
+            self.packed_tokens = min(host.runner.reach, host.runner.kv_tokens)
+            if host.runner.kv_tokens < host.runner.reach:
+                self.context_length = host.runner.kv_tokens
         self.is_retired = False
         self._encoding = threading.Lock()
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether requests are answered in packed steps, beside those of other adapters; else by peft, one after another."""
-        return self.host.runner is not None and self.adapter is None
 
     def prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
         """Ids of a plain text, whose special tokens are read as such, or of a conversation. Raises InvalidInput."""

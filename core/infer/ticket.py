@@ -52,6 +52,11 @@ class Ticket:
         return id(self.servable)
 
     @property
+    def is_packed(self) -> bool:
+        """Whether packed steps can answer it; else peft does, one request after another."""
+        return self.cost <= self.servable.packed_tokens
+
+    @property
     def cost(self) -> int:
         return len(self.prompt_ids) + self.sampling.max_tokens
 

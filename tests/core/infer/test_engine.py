@@ -1,5 +1,6 @@
 """The engine: whatever runs beside it, an answer is the reference's; what fails or leaves takes nobody along."""
 
+import json
 import queue
 import random
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from core.infer.sampling import Sampling
 from core.infer.servable import Servable
 from core.infer.ticket import Failed, Item
 from core.models.load import LoadedBase
+from tests.tiny import build_tiny_model
 
 LONG = Sampling(max_tokens=200, ignore_eos=True)
 
@@ -278,7 +280,7 @@ def test_peft_answers_what_packed_steps_cant_beside_them(
     engine = start()
     engine.call(lambda: bench.host.load(lora_folder(2), "by_peft"))
     slow = Servable(bench.host, lora_folder(2), adapter="by_peft")
-    assert not slow.is_packed
+    assert slow.packed_tokens == 0
     sampling = Sampling(max_tokens=20, ignore_eos=True)
     requests = [(1, bench.servables[1], Asked()), (2, slow, Asked()), (0, bench.servables[0], Asked()), (2, slow, Asked())]
     for _, servable, asked in requests:
@@ -286,6 +288,27 @@ def test_peft_answers_what_packed_steps_cant_beside_them(
     for which, _, asked in requests:
         assert isinstance(asked.wait(), End)
         assert asked.ids == [item.id for item in bench.expected(which, prompt(5, 25), sampling) if isinstance(item, Token)]
+
+
+def test_a_request_beyond_a_models_window_is_answered_alone(
+    tmp_path: Path, load_tiny: Callable[..., LoadedBase], start: Callable[..., Engine]
+) -> None:
+    """Mistral's attention sees its window: packed steps are right up to there, and the reference beyond."""
+    folder = build_tiny_model(tmp_path / "mistral", family="mistral")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 48}))
+    host, reference = AdaptedBase(load_tiny(folder=folder)), load_tiny(folder=folder)
+    servable = Servable(host, folder)
+    assert (servable.packed_tokens, servable.context_length) == (48, 512)
+    engine = start()
+    sampling = Sampling(max_tokens=20, ignore_eos=True)
+    requests = [(prompt(tokens, tokens), Asked()) for tokens in (10, 28, 29, 80)]
+    tickets = [engine.submit(servable, ids, sampling, asked) for ids, asked in requests]
+    assert [ticket.is_packed for ticket in tickets] == [True, True, False, False]
+    for ids, asked in requests:
+        assert isinstance(asked.wait(), End)
+        expected = generate(reference.model, ids, sampling, servable.tokenizer, servable.stop_ids)
+        assert asked.ids == [item.id for item in expected if isinstance(item, Token)]
 
 
 def test_a_retired_version_ends_its_answers_and_takes_no_more(bench: Bench, start: Callable[..., Engine]) -> None:
