@@ -182,11 +182,14 @@ class Engine:
 
     def _sweep(self) -> None:
         """Forget what has ended or has no reader any more."""
+        # Looked at once: one that is cancelled meanwhile is still in its lane, and goes next time.
+        with self._changed:
+            gone = {ticket for ticket in self._open if ticket.is_done or ticket.is_cancelled}
         for lane in self._lanes.values():
             lane.schedule.drop_cancelled()
-        self._alone = deque(ticket for ticket in self._alone if not ticket.is_cancelled)
+        self._alone = deque(ticket for ticket in self._alone if ticket not in gone)
         with self._changed:
-            self._open = {ticket: None for ticket in self._open if not (ticket.is_done or ticket.is_cancelled)}
+            self._open = {ticket: None for ticket in self._open if ticket not in gone}
             hosts = {ticket.servable.host for ticket in self._open}
         # A full model's lane holds the model; it comes again with the next request.
         for host in [host for host in self._lanes if host not in hosts]:
