@@ -5,7 +5,7 @@ on the engine delivers and the client's disconnect cancels, in a stream or not.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from core.data.conversation import Message
 from core.errors import InvalidInput, Problem, UserError
-from core.infer.engine import QueueFull, check_room
+from core.infer.engine import QueueFull, Retired, check_room
 from core.infer.progress import End, Token
 from core.infer.sampling import Sampling, choice_seed
 from core.infer.servable import Servable
@@ -48,7 +48,30 @@ class Writer(Collector, Protocol):
         """What stands behind the last End."""
 
 
-async def prompt_ids(servable: Servable, prompt: str | list[ChatMessage]) -> list[int]:
+async def admit(
+    serving: Serving,
+    caller: Caller,
+    model: str,
+    prompt: str | list[ChatMessage],
+    sampling: Callable[[Servable, int], Sampling],
+    choices: int = 1,
+) -> tuple[Resolved, list[int], "Answering"]:
+    """What answers, the ids of the prompt, and the answer under way; `sampling` is given the servable and the prompt's length.
+
+    A version may leave while the prompt is made into ids: then the name is looked up again, so that one version replaces
+    another without a request lost. Raises what `Directory.resolve`, `sampling` and `Engine.submit` do.
+    """
+    while True:
+        resolved = serving.directory.resolve(caller.project_id, model)
+        ids = await _prompt_ids(resolved.servable, prompt)
+        try:
+            answering = Answering(serving, caller, resolved, ids, sampling(resolved.servable, len(ids)), choices)
+        except Retired:
+            continue  # the directory has forgotten it already
+        return resolved, ids, answering
+
+
+async def _prompt_ids(servable: Servable, prompt: str | list[ChatMessage]) -> list[int]:
     """Off the event loop: a long prompt takes a while. Raises InvalidInput."""
     if isinstance(prompt, str):
         return await run_in_threadpool(servable.prompt_ids, prompt)

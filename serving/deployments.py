@@ -5,6 +5,7 @@ It listens for NOTIFY on its own connection and looks every few seconds in any c
 is deployed anew, or when the fault was not its own. An undeployed one takes no more requests and leaves memory after its last.
 """
 
+import itertools
 import logging
 import select
 import socket
@@ -70,6 +71,7 @@ class Follower:
         self._signature = signature
         self._poll_seconds = poll_seconds
         self.problem: str | None = "the bases are being loaded"
+        self._stays = itertools.count(1)
         self._stopping = threading.Event()
         self._wake, self._bell = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="deployments", daemon=True)
@@ -186,7 +188,8 @@ class Follower:
             logger.exception("%s can't be fetched", version)
             return _failed("files", f"the storage can't be reached: {error}"), True
         bases = [servable.host for servable in self._directory.bases]
-        name = f"{version.adapter_id}_{version.version}"
+        # A name for this stay alone: its former one may not have left yet, and will be taken away by its name.
+        name = f"{version.adapter_id}_{version.version}_{next(self._stays)}"
         try:
             return bring_up(folder, version.sha256, name, bases, self._engine, self._device), False
         except StropError as error:

@@ -10,8 +10,10 @@ from fastapi.responses import Response
 
 from core.data.tokenizer import Tokenizer
 from core.infer.progress import End, Token
+from core.infer.sampling import Sampling
+from core.infer.servable import Servable
 from serving.access import CallerDep, ServingDep
-from serving.answering import Answering, collected, prompt_ids, sampling_of, streamed
+from serving.answering import Answering, admit, collected, sampling_of, streamed
 from serving.directory import Resolved
 from serving.schemas import ERROR_RESPONSES, Usage
 from serving.schemas_chat import (
@@ -37,11 +39,12 @@ router = APIRouter()
     summary="Answer messages, in OpenAI's shapes",
 )
 async def chat(body: ChatRequest, request: Request, serving: ServingDep, caller: CallerDep) -> Response:
-    resolved = serving.directory.resolve(caller.project_id, body.model)
-    ids = await prompt_ids(resolved.servable, body.messages)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    sampling = sampling_of(body, resolved.servable, len(ids), max_tokens, body.top_logprobs)
-    answering = Answering(serving, caller, resolved, ids, sampling, body.n)
+
+    def sampling(servable: Servable, prompt_tokens: int) -> Sampling:
+        return sampling_of(body, servable, prompt_tokens, max_tokens, body.top_logprobs)
+
+    resolved, ids, answering = await admit(serving, caller, body.model, body.messages, sampling, body.n)
     writer = _Writer(body, resolved, ids, answering)
     return streamed(answering, writer) if body.stream else await collected(request, answering, writer)
 

@@ -9,9 +9,10 @@ from fastapi.responses import Response
 
 from core.errors import Unavailable
 from core.infer.progress import End, Token
+from core.infer.sampling import Sampling
 from core.infer.servable import Servable
 from serving.access import CallerDep, Serving, ServingDep
-from serving.answering import Answering, collected, prompt_ids, sampling_of, streamed
+from serving.answering import Answering, admit, collected, sampling_of, streamed
 from serving.schemas import ERROR_RESPONSES, Usage
 from serving.schemas_generate import (
     AnyGenerateRequest,
@@ -35,10 +36,12 @@ router = APIRouter()
 )
 async def generate(body: AnyGenerateRequest, request: Request, serving: ServingDep, caller: CallerDep) -> Response:
     asked = body.as_generate(_first_base(serving)) if isinstance(body, InputsRequest) else body
-    resolved = serving.directory.resolve(caller.project_id, asked.model)
-    ids = await prompt_ids(resolved.servable, asked.prompt if asked.prompt is not None else asked.messages or [])
-    sampling = sampling_of(asked, resolved.servable, len(ids), asked.max_tokens)
-    answering = Answering(serving, caller, resolved, ids, sampling)
+    prompt = asked.prompt if asked.prompt is not None else asked.messages or []
+
+    def sampling(servable: Servable, prompt_tokens: int) -> Sampling:
+        return sampling_of(asked, servable, prompt_tokens, asked.max_tokens)
+
+    resolved, ids, answering = await admit(serving, caller, asked.model, prompt, sampling)
     if isinstance(body, InputsRequest):
         return await collected(request, answering, _InputsCollector(body, resolved.name, resolved.servable))
     writer = _Writer(body, resolved.name, ids, answering)

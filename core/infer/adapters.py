@@ -36,7 +36,9 @@ class AdaptedBase:
             self.runner = Runner(base.model, kv_tokens=tokens, make_bare=lambda: self.activate(None))
 
     def load(self, folder: Path, adapter: str) -> None:
-        """Read an adapter folder onto the base under a name without dots. Raises ArtifactError, and is as before then."""
+        """Read an adapter folder onto the base under a new name without dots. Raises ArtifactError, and is as before then."""
+        if self._has(adapter):
+            raise ValueError(f"there is an adapter {adapter} already")
         try:
             self._peft = load_adapter(self._peft if self._peft is not None else self.model, folder, adapter)
         except Exception as error:
@@ -53,9 +55,14 @@ class AdaptedBase:
         self._drop(adapter)
 
     def activate(self, adapter: str | None) -> None:
-        """Make the model compute with this adapter; None is the bare base."""
+        """Make the model compute with this adapter; None is the bare base. Raises KeyError for one that is not there."""
+        if adapter is not None and not self._has(adapter):
+            raise KeyError(f"there is no adapter {adapter} in memory")
         if adapter != self._active:
             self._switch(adapter)
+
+    def _has(self, adapter: str) -> bool:
+        return self._peft is not None and adapter in self._peft.peft_config
 
     def _switch(self, adapter: str | None) -> None:
         if self._peft is not None:

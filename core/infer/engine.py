@@ -37,6 +37,10 @@ class QueueFull(Unavailable):
     """So many requests wait already that another one is not taken."""
 
 
+class Retired(NotFound):
+    """The version left between being looked up and being asked."""
+
+
 class Engine:
     """Starts its thread at once; `close` ends it."""
 
@@ -70,7 +74,7 @@ class Engine:
         """Queue a request. `deliver` is called on the engine's thread and must return at once. What one tenant's prompts
         left in memory speeds up its own later ones alone.
 
-        Raises InvalidInput when prompt and max_tokens exceed the context, NotFound when `servable` was retired meanwhile,
+        Raises InvalidInput when prompt and max_tokens exceed the context, Retired when `servable` was retired meanwhile,
         QueueFull, and Unavailable after `close`.
         """
         check_room(len(prompt_ids), sampling.max_tokens, servable.context_length)
@@ -79,7 +83,7 @@ class Engine:
             if self._is_closed:
                 raise Unavailable("The endpoint is stopping")
             if servable.is_retired:
-                raise NotFound("The model is served no longer")
+                raise Retired("The model is served no longer")
             waiting = sum(not (other.is_running or other.is_cancelled) for other in self._open)
             if waiting >= self._max_waiting:
                 raise QueueFull(f"{waiting} requests wait already")

@@ -78,11 +78,12 @@ class Service:
         tuning: str = "lora",
         base: dict[str, str] | None = None,
         scale: float = 0.3,
+        make: Callable[[Path], object] | None = None,
         change: Callable[[Path], None] = lambda folder: None,
         parity: Callable[[ParityRecordV1], ParityRecordV1] = lambda record: record,
     ) -> Published:
-        """What a finished job leaves: a closed, stored folder with its parity record, and its rows. `change` may spoil the
-        folder's content before it is closed."""
+        """What a finished job leaves: a closed, stored folder with its parity record, and its rows. `make` writes another
+        adapter than the random one of `seed`; `change` may spoil the folder's content before it is closed."""
         identity = BaseIdentity(**{"model": "tiny", "weights": self.weights, "compute_dtype": "fp32", **(base or {})})
         folder = self.workshop / new_id("result")
         template = choose_template("model", Tokenizer.from_folder(self.model)).digest
@@ -90,7 +91,9 @@ class Service:
             tuning=tuning, base=identity, job_id="", attempt=1, step=1, rank=4, template=template, eval_loss=None
         )
         with closed_folder(folder, ADAPTER_KIND, facts.model_dump()) as temporary:
-            if tuning == "lora":
+            if make is not None:
+                make(temporary)
+            elif tuning == "lora":
                 add_lora(self.model, temporary, seed, scale=scale)
             else:
                 build_tiny_model(temporary, seed=seed)
