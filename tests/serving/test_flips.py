@@ -291,7 +291,7 @@ def test_a_version_deployed_anew_is_not_taken_away_by_the_last_answer_of_its_for
     versions.publish(init_lora_weights="orthogonal")
     versions.deploy(1)
     first = service.app.state.serving.directory.resolve(DEFAULT_PROJECT, "herald").servable
-    assert not first.is_packed
+    assert first.packed_tokens == 0
     body = {"model": "herald", "prompt": "a", "max_tokens": 400, "ignore_eos": True, "stream": True}
     with service.client.stream("POST", "/generate", json=body, headers=service.bearer()) as response:
         lines = response.iter_lines()
