@@ -39,7 +39,8 @@ class KeyValues:
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [H_kv, len(slots), D] of a context."""
         keys, values = self._layers[layer]
-        return keys[slots].transpose(0, 1), values[slots].transpose(0, 1)
+        # On a CPU half the time of indexing.
+        return keys.index_select(0, slots).transpose(0, 1), values.index_select(0, slots).transpose(0, 1)
 
 
 @dataclass(frozen=True)

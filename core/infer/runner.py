@@ -13,6 +13,7 @@ import torch
 
 from core.catalog import packed_reach
 from core.infer.attention import KeyValues, PagedStep, Span, paged_attention
+from core.infer.linear import OneDnnLinears
 from core.infer.lora import LoraSites, LoraWeights
 from core.infer.pages import Pages, chain_key
 
@@ -57,6 +58,7 @@ class Runner:
         self._model = model
         self._make_bare = make_bare
         self.sites = LoraSites(model)
+        self._linears = OneDnnLinears(model)
         self.pages = Pages(kv_tokens // PAGE, PAGE)
         self._store = KeyValues(self.pages.count * PAGE)
 
@@ -128,7 +130,7 @@ class Runner:
                     begin = segments.pop()[0]
                 segments.append((begin, len(ids), context.weights))
         self._make_bare()
-        with paged_attention(self._model), self.sites.running(segments):
+        with paged_attention(self._model), self._linears.multiplying(), self.sites.running(segments):
             logits: torch.Tensor = self._model(
                 input_ids=torch.tensor([ids], device=device),
                 position_ids=torch.tensor([positions], device=device),
