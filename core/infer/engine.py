@@ -192,6 +192,8 @@ class Engine:
         for lane in self._lanes.values():
             lane.schedule.drop_cancelled()
         self._alone = deque(ticket for ticket in self._alone if ticket not in gone)
+        if self._answering is not None and self._answering[0] in gone:
+            self._answering = None  # it holds keys and values
         with self._changed:
             self._open = {ticket: None for ticket in self._open if ticket not in gone}
             hosts = {ticket.servable.host for ticket in self._open}

@@ -1,7 +1,7 @@
 """The requests of one base, step by step: schedule, run, draw, deliver. What fails fails alone.
 
 A step that raises is taken apart: each of its requests is run by itself, and the one that raises there too is failed; the
-others go on from where they were, since a step that did not end has moved nothing.
+others go on from where they were, since a step that did not end has moved nothing. The same with the drawing of tokens.
 """
 
 import logging
@@ -65,9 +65,13 @@ class Lane:
             if isinstance(drawn, Exception):
                 self._fail(ticket, drawn)
                 continue
-            ticket.push(drawn)
-            if ticket.is_done:
-                self.schedule.leave(ticket)
+            try:
+                ticket.push(drawn)
+            except Exception as error:
+                self._fail(ticket, error)
+            else:
+                if ticket.is_done:
+                    self.schedule.leave(ticket)
 
     def _drawn(self, tickets: list[Ticket], logits: torch.Tensor) -> Sequence[Drawn | Exception]:
         drawings = [ticket.progress.drawing() for ticket in tickets]

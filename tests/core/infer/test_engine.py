@@ -19,6 +19,7 @@ from core.infer.generate import generate
 from core.infer.progress import End, Token
 from core.infer.runner import PAGE
 from core.infer.sampling import Sampling
+from core.infer.schedule import Scheduler
 from core.infer.servable import Servable
 from core.infer.ticket import Failed, Item
 from core.models.load import LoadedBase
@@ -256,6 +257,51 @@ def test_a_setting_that_can_not_be_drawn_with_fails_its_request_alone(bench: Ben
     assert bad.wait() == Failed("the engine failed on this request")
     assert isinstance(good.wait(), End)
     assert good.ids == [item.id for item in bench.expected(2, prompt(0, 8), sampling) if isinstance(item, Token)]
+    assert bench.pages.available == bench.pages.count
+
+
+@pytest.mark.parametrize("place", ["drawing", "text"])
+def test_a_fault_behind_the_step_fails_its_request_alone(
+    place: str, bench: Bench, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start()
+    usual = lane.draw
+
+    def faulty(logits: torch.Tensor, rows: Any) -> Any:
+        if any(len(row.prompt_ids) == 7 for row in rows):
+            raise RuntimeError("injected")
+        return usual(logits, rows)
+
+    bad, good, sampling = Asked(), Asked(), Sampling(max_tokens=12, ignore_eos=True)
+
+    def submit() -> None:
+        ticket = engine.submit(bench.servables[1], prompt(0, 7), sampling, bad)
+        engine.submit(bench.servables[1], prompt(0, 8), sampling, good)
+        if place == "text":
+            monkeypatch.delattr(ticket.progress, "_answer")
+
+    if place == "drawing":
+        monkeypatch.setattr(lane, "draw", faulty)
+    engine.call(submit)
+    assert bad.wait() == Failed("the engine failed on this request")
+    assert isinstance(good.wait(), End)
+    assert good.ids == [item.id for item in bench.expected(1, prompt(0, 8), sampling) if isinstance(item, Token)]
+    assert engine.is_alive
+    assert bench.pages.available == bench.pages.count
+
+
+def test_who_leaves_while_the_engine_sweeps_gives_its_pages_back(
+    bench: Bench, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, asked = start(), Asked()
+    ticket = engine.submit(bench.servables[1], prompt(1, 40), LONG, asked)
+    asked.wait(tokens=3)
+    usual = Scheduler.drop_cancelled
+    monkeypatch.setattr(Scheduler, "drop_cancelled", lambda schedule: (usual(schedule), ticket.cancel()))
+    while engine.load:
+        engine.call(lambda: None)
+    engine.call(lambda: None)
+    engine.call(lambda: None)
     assert bench.pages.available == bench.pages.count
 
 
