@@ -134,7 +134,7 @@ class Cases:
                 print(f"{name}: {together[-1]:.1f} together, {alone[-1]:.1f} one by one", flush=True)
         self._add(name, "best_tokens_per_second", max(together), "tokens/s", n=self._waves)
         self._add(name, "best_one_by_one_tokens_per_second", max(alone), "tokens/s", n=self._waves)
-        spread = _spread([one / other for one, other in zip(together, alone, strict=True)])
+        spread = spread_of([one / other for one, other in zip(together, alone, strict=True)])
         self._add(name, "times_one_by_one", max(together) / max(alone), "times", n=self._waves, spread=spread)
 
     def _cold(self, name: str) -> None:
@@ -207,7 +207,7 @@ class Cases:
         self._add_median(name, "baseline_tokens_per_second", speeds[1:], "tokens/s")
 
     def _add_median(self, case: str, metric: str, values: list[float], unit: str, **options: Any) -> None:
-        self._add(case, metric, statistics.median(values), unit, n=len(values), spread=_spread(values), **options)
+        self._add(case, metric, statistics.median(values), unit, n=len(values), spread=spread_of(values), **options)
 
     def _add(self, case: str, metric: str, value: float, unit: str, **options: Any) -> None:
         add(self._results, case, metric, value, unit, **options)
@@ -220,7 +220,8 @@ def add(results: Results, case: str, metric: str, value: float, unit: str, *, be
     results.add(case, metric, value, unit, better=better, **marks, **options)
 
 
-def _spread(values: list[float]) -> float | None:
+def spread_of(values: list[float]) -> float | None:
+    """Half the distance of the quartiles."""
     if len(values) < 2:
         return None
     quartiles = statistics.quantiles(values, n=4)
