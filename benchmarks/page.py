@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import serve
 from benchmarks.results import FOLDER, ROOT
 from benchmarks.service import READY_AIM, READY_MUST, SHARE_AIM, SHARE_MUST
 from benchmarks.train import CASES, TIERS
@@ -48,6 +49,12 @@ SUBJECTS: dict[str, Subject] = {
         "`benchmarks/service.py`: the same case through REST, Celery and child, an event every step and a checkpoint every 100, "
         "over the wall time from first to last step; `share_of_bare` is its speed over that of the child alone. Ready is job "
         "claimed to first step, compile caches warm.",
+    ),
+    "serve": Subject(
+        "Serving",
+        "`benchmarks/serve.py`: requests of random tokens on the inference engine, 128 in and 128 out, adapters of rank 16 on "
+        "all linear modules, output tokens from first submission to last finish, median of waves. `cpu-135m/8-clients` is fp32 "
+        "on two shared cores, 64 in and 64 out, the best of several turns of each side. Adapters on disk are in the page cache.",
     ),
     "plan": Subject("Plan", "`benchmarks/plan.py`: what the plan said before, and what a run took."),
     "memory": Subject(
@@ -89,7 +96,7 @@ class Target:
 
 
 def targets() -> list[Target]:
-    """All that was promised for one H100; `llama2-7b/fp8lora` has no engine yet."""
+    """All that was promised for one H100 (`cpu-135m`: for two cores); `llama2-7b/fp8lora` has no engine yet."""
     found = []
     for name, case in CASES.items():
         if case.must is not None:
@@ -99,6 +106,7 @@ def targets() -> list[Target]:
     found.append(Target("train", "llama2-7b/fp8lora/all/short", "fused", "tokens_per_second", "tokens/s", 24_000, 27_000))
     found.append(Target("service", "service/llama-1.1b/lora/all/short", "", "share_of_bare", "", SHARE_MUST, SHARE_AIM))
     found.append(Target("service", "ready/llama-1.1b", "", "claimed_to_first_step_seconds", "s", READY_MUST, READY_AIM))
+    found += [Target("serve", name, "", metric, "", must, aim) for name, (metric, must, aim) in serve.TARGETS.items()]
     return found
 
 
@@ -117,6 +125,16 @@ PEERS: dict[str, tuple[str, str]] = {
     "llama2-7b/fp8lora/all/short": ("", "24.5k"),
 }
 """Case -> (Unsloth 2026.10.9, the prototype that this engine came from): tokens/s, peak memory."""
+SERVING_PEERS: dict[str, tuple[str, str]] = {
+    "8b/base/c32": ("1,146", "4,048"),
+    "8b/8-adapters/c32": ("74", "2,620"),
+    "8b/8-adapters/c128": ("", "6,938"),
+    "1.1b/8-adapters/c32": ("", "7,841"),
+    "8b/8-adapters/c1": ("18.4", "119.5"),
+    "8b/retention-1": ("0.47", "0.81"),
+    "8b/retention-8": ("", "0.65"),
+}
+"""Case -> (transformers 5.17.0 with peft 0.21.2, vLLM 0.25.1): output tokens/s, or the share of the bare base's."""
 
 
 class Runs:
@@ -150,7 +168,9 @@ def page(folder: Path = FOLDER) -> str:
         lines += [f"## {subject.title}", "", subject.words, ""]
         lines += _judged(rows, wanted, runs)
         if name == "train":
-            lines += _peers()
+            lines += _peers(PEERS, "Unsloth 2026.10.9", "prototype")
+        if name == "serve":
+            lines += _peers(SERVING_PEERS, "transformers 5.17.0, peft 0.21.2", "vLLM 0.25.1")
         lines += _others(rows, subject, runs)
     return "\n".join([*lines, "## Runs", "", *runs.table()])
 
@@ -208,9 +228,9 @@ def _others(rows: list[Row], subject: Subject, runs: Runs) -> list[str]:
     return _table(["case", "tier", "device", *(_headed(metric, unit) for metric, unit in units.items()), "run"], cells)
 
 
-def _peers() -> list[str]:
-    cells = [[f"`{case}`", *figures] for case, figures in PEERS.items()]
-    return [f"Others at the same work, {PEERS_SOURCE}:", "", *_table(["case", "Unsloth 2026.10.9", "prototype"], cells)]
+def _peers(peers: dict[str, tuple[str, str]], *names: str) -> list[str]:
+    cells = [[f"`{case}`", *figures] for case, figures in peers.items()]
+    return [f"Others at the same work, {PEERS_SOURCE}:", "", *_table(["case", *names], cells)]
 
 
 def _case_and_tier(row: Row) -> tuple[str, str]:
