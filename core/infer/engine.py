@@ -117,7 +117,7 @@ class Engine:
     def load(self) -> int:
         """Requests running or waiting."""
         with self._changed:
-            return sum(not ticket.is_cancelled for ticket in self._open)
+            return sum(not (ticket.is_done or ticket.is_cancelled) for ticket in self._open)
 
     def close(self) -> None:
         """Stop before the next token; what runs or waits fails."""
