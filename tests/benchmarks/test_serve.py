@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import serve
+from benchmarks import endpoint, serve
 from benchmarks.waves import RANK, Asked, Bench, NoMeasurementError, closed, greedy, opened, wave, write_adapter
 from core.infer.progress import End
 from core.infer.ticket import Failed
@@ -113,3 +113,11 @@ def test_every_case_has_a_model(case: str) -> None:
     from benchmarks.shapes import SHAPES
 
     assert serve.MODELS[case.split("/")[0]] in SHAPES
+
+
+def test_http_is_measured_through_a_running_endpoint(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "ADAPTERS", 2)
+    monkeypatch.setattr(endpoint, "CLIENTS", 3)
+    found = measured(monkeypatch, tiny, tmp_path, "--cases", "tiny/http", "--waves", "1")
+    assert found["tiny/http", "tokens_per_second"]["value"] > 0
+    assert found["tiny/http", "share_of_engine"]["value"] > 0
