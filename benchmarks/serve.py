@@ -216,7 +216,7 @@ class Cases:
 def add(results: Results, case: str, metric: str, value: float, unit: str, *, better: Any = "higher", **options: Any) -> None:
     """A row, with its must and aim where it has them."""
     promised, must, aim = TARGETS.get(case, ("", None, None))
-    marks = {"must": must, "aim": aim} if promised == metric else {}
+    marks: dict[str, Any] = {"must": must, "aim": aim} if promised == metric else {}
     results.add(case, metric, value, unit, better=better, **marks, **options)
 
 

@@ -82,7 +82,8 @@ class Bench:
 
     def arrivals(self, count: int, rate: float) -> list[float]:
         """Seconds from the beginning, as a Poisson process of `rate` a second has them."""
-        return np.cumsum(self._rng.exponential(1 / rate, count)).tolist()
+        moments: list[float] = np.cumsum(self._rng.exponential(1 / rate, count)).tolist()
+        return moments
 
     def served(self, folder: Path, digest: str) -> Servable:
         """Read an adapter folder and make it ready, as a deployment does."""
