@@ -97,9 +97,16 @@ class Service:
     def deploy(self, adapter_id: str) -> str:
         """Deploy the newest version and wait until the endpoint lists it; the adapter's name."""
         _json(self.api.post(f"/adapters/{adapter_id}/deploy", json={}))
+        adapter = _json(self.api.get(f"/adapters/{adapter_id}"))
+        version = f"{adapter['name']}@{adapter['latest_version']}"
+        self._wait(self.served_models, lambda seen: version in seen, f"{version} to become routable")
+        return str(adapter["name"])
+
+    def undeploy(self, adapter_id: str, version: int) -> None:
+        """Wait until the endpoint doesn't list the version any more."""
         name = _json(self.api.get(f"/adapters/{adapter_id}"))["name"]
-        self._wait(self.served_models, lambda seen: name in seen, f"{name} to become routable")
-        return str(name)
+        _json(self.api.post(f"/adapters/{adapter_id}/undeploy", json={"version": version}))
+        self._wait(self.served_models, lambda seen: f"{name}@{version}" not in seen, f"{name}@{version} to leave")
 
     def served_models(self) -> list[str]:
         return [model["id"] for model in _json(self.serving.get("/v1/models"))["data"]]
