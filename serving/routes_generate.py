@@ -55,15 +55,10 @@ def _first_base(serving: Serving) -> str:
     return bases[0].host.identity.model
 
 
-class _Writer:
-    """Our own shape, with the options that were asked for."""
+class _Gathered:
+    """The tokens of the one answer, and its end."""
 
-    def __init__(self, body: GenerateRequest, model: str, ids: list[int], answering: Answering) -> None:
-        self._answering = answering
-        self._with_ids = body.return_token_ids
-        self._with_logprobs = body.logprobs
-        self._prompt_ids = ids
-        self._frame = {"id": f"gen-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model}
+    def __init__(self) -> None:
         self._items: list[Token] = []
         self._end: End | None = None
 
@@ -72,6 +67,18 @@ class _Writer:
             self._end = item
         else:
             self._items.append(item)
+
+
+class _Writer(_Gathered):
+    """Our own shape, with the options that were asked for."""
+
+    def __init__(self, body: GenerateRequest, model: str, ids: list[int], answering: Answering) -> None:
+        super().__init__()
+        self._answering = answering
+        self._with_ids = body.return_token_ids
+        self._with_logprobs = body.logprobs
+        self._prompt_ids = ids
+        self._frame = {"id": f"gen-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model}
 
     def chunks(self, choice: int, item: Token | End) -> Iterable[GenerateChunk]:
         # Every field is set, and so written: what a chunk has none of is null.
@@ -107,23 +114,16 @@ class _Writer:
         return Usage.of(len(self._prompt_ids), len(self._items), self._answering.cached_tokens)
 
 
-class _InputsCollector:
+class _InputsCollector(_Gathered):
     """The shape of text-generation-inference; not streamed."""
 
     def __init__(self, body: InputsRequest, model: str, servable: Servable) -> None:
+        super().__init__()
         self._before = body.inputs if body.parameters.return_full_text else ""
         self._seed = body.parameters.seed
         self._with_details = body.parameters.details
         self._model = model
         self._servable = servable
-        self._items: list[Token] = []
-        self._end: End | None = None
-
-    def add(self, choice: int, item: Token | End) -> None:
-        if isinstance(item, End):
-            self._end = item
-        else:
-            self._items.append(item)
 
     def whole(self) -> InputsResponse:
         assert self._end is not None

@@ -1,7 +1,7 @@
 """Linear layers of a step on a CPU, fp32: by oneDNN, where torch would ask MKL.
 
-MKL multiplies the few rows of a step slowly on processors that are not Intel's: on an AMD EPYC of two cores eight rows took
-it 2 to 3 times as long as oneDNN, which reads the same weights in place and gives the same numbers to fp32's rounding.
+MKL multiplies the few rows of a step slowly on processors that are not Intel's; oneDNN reads the same weights in place and
+gives the same numbers to fp32's rounding. `python -m benchmarks.serve --cases cpu-135m/8-clients` is where it shows.
 Other dtypes go to oneDNN by themselves; the reference (`generate.py`) computes as torch does.
 """
 

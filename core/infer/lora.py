@@ -5,7 +5,6 @@ range, what each request's adapter adds there (arXiv 2106.09685; DoRA, 2402.0935
 do nothing outside a step, so peft can wrap the same modules beside them.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,30 +18,9 @@ from safetensors.torch import load_file
 
 from core.errors import ArtifactError, InvalidInput
 from core.models.adapt import ADAPTER_WEIGHTS, PREFIX
-from core.models.canonical import check_keys
+from core.models.canonical import beyond_lora, check_keys, read_config
 from core.models.load import dequantized_weight
 from core.models.traces import Trace
-
-_UNDERSTOOD = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"})
-_WITHOUT_EFFECT = frozenset(  # on what a trained adapter computes
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "ensure_weight_tying",
-        "exclude_modules",
-        "inference_mode",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_dropout",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "target_modules",
-        "task_type",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -87,11 +65,10 @@ class LoraSites:
 
         Raises ArtifactError for a file that can't be read, and for tensors that no module of the base takes, by name.
         """
-        try:
-            config = json.loads((folder / "adapter_config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{folder.name}/adapter_config.json can't be read: {error}") from None
-        if config.get("peft_type") != "LORA" or _asks_more(config):
+        config = read_config(folder)
+        # Another start changes the base's weights too.
+        is_started_plainly = config["init_lora_weights"] in (True, False, "gaussian")
+        if config["peft_type"] != "LORA" or not is_started_plainly or beyond_lora(config):
             return None
         try:
             check_keys(self._model, folder)
@@ -178,10 +155,3 @@ def _added(site: Site, bias: torch.Tensor | None, x: torch.Tensor, y: torch.Tens
         return added
     plain = y if bias is None else y - bias
     return added + (site.gain - 1) * plain
-
-
-def _asks_more(config: dict[str, Any]) -> bool:
-    others = config.keys() - _UNDERSTOOD - _WITHOUT_EFFECT - {"init_lora_weights"}
-    # Any other start changes the base's weights too.
-    is_started_plainly = config.get("init_lora_weights", True) in (True, False, "gaussian")
-    return not is_started_plainly or any(config[name] not in (None, False, "none", {}, []) for name in others)

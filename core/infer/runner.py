@@ -34,7 +34,7 @@ class Context:
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     shared: int = 0
-    """Tokens that another request's pages already held."""
+    """Tokens that another request's pages held when it began."""
 
     @property
     def left(self) -> int:
@@ -52,9 +52,9 @@ class Runner:
     def __init__(self, model: Any, *, kv_tokens: int, make_bare: Callable[[], None] = lambda: None) -> None:
         """`kv_tokens` is the room for keys and values. `make_bare` is called before each step: other adapters on the model
         must not act in it. Raises ValueError for a model that packed steps can't express (`reach_of`)."""
-        if not reach_of(model):
-            raise ValueError("packed steps can't express the model's attention")
         self.reach = reach_of(model)
+        if not self.reach:
+            raise ValueError("packed steps can't express the model's attention")
         self._model = model
         self._make_bare = make_bare
         self.sites = LoraSites(model)
@@ -77,7 +77,6 @@ class Runner:
             context.chain.append(key)
             context.pages.append(page)
             context.computed += PAGE
-        context.shared = context.computed
 
     def reserve(self, context: Context, tokens: int) -> bool:
         """Pages for its next `tokens`; False, and nothing taken, where there are not enough."""

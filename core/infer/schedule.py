@@ -128,9 +128,10 @@ class Scheduler(Generic[R]):
             self._runner.release(request.context)
             return None
         if self._stepped_back:
-            self._stepped_back.popleft()
+            self._stepped_back.popleft()  # what it finds in memory now may be its own
         else:
             self.waiting.pop()
+            request.context.shared = request.context.computed
         self.running.append(request)
         request.is_running = True
         return request

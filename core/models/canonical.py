@@ -4,11 +4,13 @@ Checked by key and shape against the module tree, before a library loads anythin
 nothing can be passed over.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
@@ -16,8 +18,46 @@ from safetensors import SafetensorError, safe_open
 from core.errors import ArtifactError, InvalidInput, Problem
 from core.models.adapt import ADAPTER_WEIGHTS, PREFIX
 
+CONFIG_FILE = "adapter_config.json"
+
 _SHOWN = 10
+# What plain LoRA and DoRA are made of, and what has no part in the numbers of an adapter that is trained.
+_PLAIN = frozenset(
+    {
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "lora_dropout"),
+        *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+        *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
+    }
+)
 _LORA = re.compile(r"(?P<path>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """peft's config of an adapter, with peft's defaults for LoRA where it says nothing; `peft_type` as it says.
+
+    Raises ArtifactError for a file that can't be read.
+    """
+    try:
+        given = json.loads((folder / CONFIG_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{folder.name}/{CONFIG_FILE} can't be read: {error}") from None
+    if not isinstance(given, dict):
+        raise ArtifactError(f"{folder.name}/{CONFIG_FILE} holds no object")
+    return {**LoraConfig().to_dict(), "peft_type": None, **given}
+
+
+def beyond_lora(config: dict[str, Any]) -> dict[str, Any]:
+    """The options of a config that ask for more than LoRA or DoRA on linear modules: unknown ones, and what isn't left off.
+
+    `init_lora_weights` is not among them: what a start means for the base is its reader's question.
+    """
+    defaults = LoraConfig().to_dict()
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in _PLAIN and (name not in defaults or value not in (defaults[name], None))
+    }
 
 
 def check_keys(model: Any, folder: Path, whole: tuple[str, ...] = ()) -> None:

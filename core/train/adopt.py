@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -27,11 +27,9 @@ from core.errors import ArtifactError, InvalidInput, Problem, StropError, UserEr
 from core.eval.probes import Known
 from core.manifest import closed_folder
 from core.models.adapt import ADAPTER_WEIGHTS, CHAT_TEMPLATE_FILE, load_adapter, save_tokenizer
-from core.models.canonical import check_keys
+from core.models.canonical import CONFIG_FILE, beyond_lora, check_keys, read_config
 from core.models.load import DTYPES, LoadedBase, Precision, load_base, pick_device
 from core.train.parity import PROBE_TOKENS, PROBES, measure_loaded
-
-CONFIG_FILE = "adapter_config.json"
 
 TEXTS = (
     "The capital of France is Paris, and the river that runs through it is the Seine.",
@@ -45,13 +43,6 @@ TEXTS = (
 )
 """Probes where the operator gives none: prose, sums, code, a letter, other languages, JSON."""
 
-# Of peft's options: those that this loader reproduces. Any other must have the value that leaves it off.
-_KNOWN = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
-    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "init_lora_weights",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_dora", "megatron_core", "qalora_group_size",
-    "ensure_weight_tying",
-}  # fmt: skip
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -100,15 +91,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         why = f"{', '.join(pickles)} is a pickle, which is never read: save it as safetensors" if pickles else "is missing"
         problems.append(Problem("no-weights", f"{ADAPTER_WEIGHTS}: {why}"))
     try:
-        given = json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"{folder.name}: {CONFIG_FILE} can't be read: {error}", problems) from None
-    defaults = {**LoraConfig().to_dict(), "peft_type": "LORA"}
-    if not isinstance(given, dict) or given.get("peft_type") != "LORA":
+        config = read_config(folder)
+    except ArtifactError as error:
+        raise InvalidInput(str(error), problems) from None
+    if config["peft_type"] != "LORA":
         raise InvalidInput(f"{folder.name}: {CONFIG_FILE} does not describe LoRA (peft_type)", problems)
-    config: dict[str, Any] = {**defaults, **given}
-    for name, value in config.items():
-        if name not in _KNOWN and (name not in defaults or value not in (defaults[name], None)):
+    for name, value in beyond_lora(config).items():
+        if name != "modules_to_save":
             problems.append(Problem("unsupported-option", f"{CONFIG_FILE}: {name} is {value!r}, which is not reproduced here"))
     if config["task_type"] not in ("CAUSAL_LM", None):
         problems.append(Problem("unsupported-option", f"{CONFIG_FILE}: task_type is {config['task_type']!r}, not CAUSAL_LM"))

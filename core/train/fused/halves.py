@@ -52,7 +52,27 @@ class Attended:
         return found
 
 
-class AttentionHalf:
+class _Half:
+    """What both have: two projections, one behind the other."""
+
+    def __init__(self, first: Projection, second: Projection) -> None:
+        self._projections = (first, second)
+
+    def factors(self) -> tuple[torch.nn.Parameter, ...]:
+        return tuple(factor for projection in self._projections for factor in projection.factors())
+
+    def of_factors(self, found: Tensors) -> Tensors:
+        """Gradients of `factors`, from those of `given`."""
+        parts = zip(self._projections, _parts(found)[:2], strict=True)
+        return tuple(gradient for projection, part in parts for gradient in projection.of_factors(part))
+
+    def part(self) -> None:
+        """Give the modules memory of their own again."""
+        for projection in self._projections:
+            projection.part()
+
+
+class AttentionHalf(_Half):
     """x [N, H] -> x + attention(norm(x)) [N, H]."""
 
     width = 2 * _OWN + 2
@@ -67,6 +87,7 @@ class AttentionHalf:
         groups = projections_of(layer, family)
         self._heads = Projection(groups[0], Norm(layer.input_layernorm, ops), heads, adapters)
         self._output = Projection(groups[1], Straight(), Whole(), adapters)
+        super().__init__(self._heads, self._output)
         self._last = Norm(layer.post_self_attn_layernorm, ops) if family.norms_after else None
         self.adapted = _first_adapted(groups[0] + groups[1])
 
@@ -140,19 +161,6 @@ class AttentionHalf:
         )
         return of_x, (*found_heads, *found_output, of_head_scale, of_scale)
 
-    def factors(self) -> tuple[torch.nn.Parameter, ...]:
-        return (*self._heads.factors(), *self._output.factors())
-
-    def of_factors(self, found: Tensors) -> Tensors:
-        """Gradients of `factors`, from those of `given`."""
-        first, second, *_ = _parts(found)
-        return (*self._heads.of_factors(first), *self._output.of_factors(second))
-
-    def part(self) -> None:
-        """Give the modules memory of their own again."""
-        self._heads.part()
-        self._output.part()
-
     def _attended(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Batch) -> Attended:
         leaves = [part.detach().requires_grad_() for part in (queries, keys, values)]
         with torch.enable_grad():
@@ -174,7 +182,7 @@ class AttentionHalf:
         return torch.cat([norm.weight.expand(count, -1) for norm, count in zip(self._norms, self._counts, strict=True)])
 
 
-class MlpHalf:
+class MlpHalf(_Half):
     """x [N, H] -> x + down(silu(gate) * up) of norm(x) [N, H]."""
 
     width = 2 * _OWN + 1
@@ -183,6 +191,7 @@ class MlpHalf:
         groups = projections_of(layer, family)
         self._gate_up = Projection(groups[2], Norm(layer.post_attention_layernorm, ops), Whole(), adapters)
         self._down = Projection(groups[3], Gate(ops), Whole(), adapters)
+        super().__init__(self._gate_up, self._down)
         self._last = Norm(layer.post_mlp_layernorm, ops) if family.norms_after else None
         self.adapted = _first_adapted(groups[2] + groups[3])
 
@@ -263,19 +272,6 @@ class MlpHalf:
             del kept, of_part
             sums = [_added(one, other, exactly=len(parts[0]) > 1) for one, other in zip(sums, gradients, strict=True)]
         return found, tuple(sums)
-
-    def factors(self) -> tuple[torch.nn.Parameter, ...]:
-        return (*self._gate_up.factors(), *self._down.factors())
-
-    def of_factors(self, found: Tensors) -> Tensors:
-        """Gradients of `factors`, from those of `given`."""
-        first, second, *_ = _parts(found)
-        return (*self._gate_up.of_factors(first), *self._down.of_factors(second))
-
-    def part(self) -> None:
-        """Give the modules memory of their own again."""
-        self._gate_up.part()
-        self._down.part()
 
     def _at_hand(self, batch: Batch) -> tuple[Weight, Weight]:
         return self._gate_up.at_hand(batch.dtype), self._down.at_hand(batch.dtype)

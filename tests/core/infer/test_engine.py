@@ -164,12 +164,12 @@ def test_what_two_prompts_share_is_computed_once_and_never_across_adapters_or_te
 def test_answers_step_back_and_are_taken_up_where_memory_is_short(small: Bench, start: Callable[..., Engine]) -> None:
     engine = start()
     requests = [(number % 3, prompt(number, 60), Sampling(max_tokens=150, ignore_eos=True), Asked()) for number in range(6)]
-    for which, ids, sampling, asked in requests:
-        engine.submit(small.servables[which], ids, sampling, asked)
+    tickets = [engine.submit(small.servables[which], ids, sampling, asked) for which, ids, sampling, asked in requests]
     for which, ids, sampling, asked in requests:
         assert isinstance(asked.wait(), End)
         assert asked.ids == [item.id for item in small.expected(which, ids, sampling) if isinstance(item, Token)]
     assert small.pages.available == small.pages.count
+    assert [ticket.cached_tokens for ticket in tickets] == [0] * 6, "pages found again are their own"
 
 
 def test_who_leaves_is_forgotten_and_the_others_go_on(bench: Bench, start: Callable[..., Engine]) -> None:
