@@ -25,6 +25,7 @@ from core.eval.layout import Layout, Padded
 from core.eval.rows import Example, MicroBatch
 from core.events import Warned
 from core.models.adapt import attach_adapter
+from core.models.fp8 import rows_unrounded
 from core.models.load import load_base, pick_device, quantization_name, resolve_precision
 from core.models.vocabulary import extend_vocabulary, install_rows
 from core.run import RunInput
@@ -41,6 +42,7 @@ from core.train.tier import (
     PackingMismatch,
     Probe,
     assert_agreement,
+    assert_rounding_is_bearable,
     choose_tier,
     enter_packed,
     layout_of,
@@ -253,7 +255,7 @@ def _enter_packed(training: Training, spec: JobSpec) -> None:
         with training.adapters_uncast():
             return measure(training.model, examples, layout, loss=training.loss, device=training.device, compute=training.compute)
 
-    with restored_on_failure(training.model):
+    with restored_on_failure(training.model), rows_unrounded(training.model):
         one_by_one = Padded(1)  # the plain tier keeps more of a token than any other, and must not decide the run's peak
         plain = measured(one_by_one)
         with rounded_otherwise(training.model, training.device, training.base.compute_dtype):
@@ -264,6 +266,9 @@ def _enter_packed(training: Training, spec: JobSpec) -> None:
     training.choice = Choice("packed", f"{done}; on the first rows {said}")
     if spec.memory.fused_layers:
         _enter_fused(training, spec, lambda: measured(layout_of(spec, "fused")), plain, again)
+    if training.base.quantization == "fp8":
+        rounding = assert_rounding_is_bearable(plain, measured(layout_of(spec, training.choice.tier)))
+        training.choice = Choice(training.choice.tier, f"{training.choice.reason}; {rounding}")
 
 
 def _enter_fused(training: Training, spec: JobSpec, measured: Callable[[], Probe], plain: Probe, again: Probe) -> None:
@@ -277,7 +282,8 @@ def _enter_fused(training: Training, spec: JobSpec, measured: Callable[[], Probe
     if training.device.type == "cuda":
         torch.cuda.empty_cache()  # what was joined lay in pieces too small for what comes
     try:
-        said = assert_agreement(plain, again, measured(), "fused", training.base.compute_dtype)
+        with rows_unrounded(training.model):
+            said = assert_agreement(plain, again, measured(), "fused", training.base.compute_dtype)
     except PackingMismatch as mismatch:
         uninstall_fused(training.model)
         message = f"the fused layers disagreed with the plain tier, the packed one takes their place: {mismatch}"

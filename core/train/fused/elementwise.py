@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
+from core.models.fp8 import rows_in_8_bits, turned_over
+
 
 def normed(x: torch.Tensor, scale: torch.Tensor, epsilon: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm (arXiv 1910.07467) over the last dimension: (scaled in `dtype`, fp32 1 / root mean square [.., 1])."""
@@ -104,6 +106,8 @@ class Elementwise:
     turn_in_place: Callable[..., Any] = turn_in_place
     turned_back: Callable[..., Any] = turned_back
     nats_in_place: Callable[..., Any] = nats_in_place
+    rows_in_8_bits: Callable[..., Any] = rows_in_8_bits
+    turned_over: Callable[..., Any] = turned_over
 
 
 PLAIN = Elementwise()

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 
 from core.models import start
 from core.train.fused.adapters import Adapters, Place, Stacked
+from core.train.fused.elementwise import Elementwise
 from core.train.fused.ends import After, Before
 from core.train.fused.weights import Dense, Weight, join_weights, part_weights, plain_layer, why_not_one
 
@@ -49,9 +50,11 @@ class Projection:
     that autograd doesn't see (`layer.py` is what it sees). Raises ValueError for modules that can't be one matrix.
     """
 
-    def __init__(self, modules: Sequence[torch.nn.Module], before: Before, after: After, adapters: Adapters) -> None:
+    def __init__(
+        self, modules: Sequence[torch.nn.Module], before: Before, after: After, adapters: Adapters, ops: Elementwise
+    ) -> None:
         self._modules = tuple(modules)
-        self._weight, self._bias = join_weights(modules)
+        self._weight, self._bias = join_weights(modules, ops)
         self._before, self._after = before, after
         self._outputs = [plain_layer(module).out_features for module in modules]
         self._adapted, self._places = self._places_of()

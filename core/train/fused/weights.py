@@ -11,7 +11,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear
 
+from core.models.fp8 import Matrix8bit, is_8bit, join_8bit, part_8bit
 from core.models.nf4 import Joined4bit, is_4bit, join_4bit, part_4bit, why_not_joined
+from core.train.fused.elementwise import Elementwise
 
 
 class Weight(Protocol):
@@ -80,6 +82,27 @@ class FourBit:
         return AtHand(self._joined.matrix(dtype))
 
 
+class EightBit:
+    """Frozen weights in 8-bit floats, multiplied as they are. On the way back they are needed turned over: made anew for every
+    product, unless `keeps`."""
+
+    def __init__(self, matrix: Matrix8bit, ops: Elementwise, *, keeps: bool = False) -> None:
+        self._matrix, self._ops, self._keeps = matrix, ops, keeps
+        self._over: torch.Tensor | None = None
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._matrix.multiply(x, bias, quantise=self._ops.rows_in_8_bits)
+
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        over = self._ops.turned_over(self._matrix.codes) if self._over is None else self._over
+        if self._keeps:
+            self._over = over
+        return self._matrix.multiply_back(gradient, over, quantise=self._ops.rows_in_8_bits)
+
+    def at_hand(self, dtype: torch.dtype) -> Weight:
+        return EightBit(self._matrix, self._ops, keeps=True)
+
+
 class AtHand:
     """A matrix in the dtype that it is multiplied in."""
 
@@ -123,6 +146,8 @@ def why_not_one(modules: Sequence[torch.nn.Module]) -> str | None:
         return "some of its layers have a bias and others have none"
     if all(map(is_4bit, layers)):
         return why_not_joined(layers)
+    if all(map(is_8bit, layers)):
+        return None
     if any(type(layer) is not torch.nn.Linear for layer in layers):
         return f"its weights are kept in a {type(layers[0]).__name__}"
     if len({layer.weight.dtype for layer in layers}) > 1:
@@ -130,13 +155,20 @@ def why_not_one(modules: Sequence[torch.nn.Module]) -> str | None:
     return None
 
 
-def join_weights(modules: Sequence[torch.nn.Module]) -> tuple[Weight, Dense | None]:
-    """(weight, bias) of linear layers, or of LoRA layers on them. Raises ValueError where `why_not_one` has a reason."""
+def join_weights(modules: Sequence[torch.nn.Module], ops: Elementwise) -> tuple[Weight, Dense | None]:
+    """(weight, bias) of linear layers, or of LoRA layers on them; `ops` are for weights that need more than a product.
+
+    Raises ValueError where `why_not_one` has a reason.
+    """
     if reason := why_not_one(modules):
         raise ValueError(reason)
-    layers = [plain_layer(module) for module in modules]
+    layers: list[Any] = [plain_layer(module) for module in modules]
     bias = None if layers[0].bias is None else Dense([layer.bias for layer in layers])
-    return (FourBit(join_4bit(layers)) if is_4bit(layers[0]) else Dense([layer.weight for layer in layers])), bias
+    if is_4bit(layers[0]):
+        return FourBit(join_4bit(layers)), bias
+    if is_8bit(layers[0]):
+        return EightBit(join_8bit(layers), ops), bias
+    return Dense([layer.weight for layer in layers]), bias
 
 
 def part_weights(modules: Sequence[torch.nn.Module], weight: Weight, bias: Dense | None) -> None:
@@ -146,4 +178,5 @@ def part_weights(modules: Sequence[torch.nn.Module], weight: Weight, bias: Dense
     if isinstance(weight, Dense):
         weight.part()
     elif len(modules) > 1:
-        part_4bit([plain_layer(module) for module in modules])
+        layers: list[Any] = [plain_layer(module) for module in modules]
+        part_4bit(layers) if isinstance(weight, FourBit) else part_8bit(layers)
