@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-from core.models.fp8 import rows_in_8_bits, turned_over
+from core.models.fp8 import rows_in_8_bits, scaled_in_8_bits, turned_over
 
 
 def normed(x: torch.Tensor, scale: torch.Tensor, epsilon: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,6 +107,7 @@ class Elementwise:
     turned_back: Callable[..., Any] = turned_back
     nats_in_place: Callable[..., Any] = nats_in_place
     rows_in_8_bits: Callable[..., Any] = rows_in_8_bits
+    scaled_in_8_bits: Callable[..., Any] = scaled_in_8_bits
     turned_over: Callable[..., Any] = turned_over
 
 

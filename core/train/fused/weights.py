@@ -97,7 +97,7 @@ class EightBit:
         over = self._ops.turned_over(self._matrix.codes) if self._over is None else self._over
         if self._keeps:
             self._over = over
-        return self._matrix.multiply_back(gradient, over, quantise=self._ops.rows_in_8_bits)
+        return self._matrix.multiply_back(gradient, over, quantise=self._ops.scaled_in_8_bits)
 
     def at_hand(self, dtype: torch.dtype) -> Weight:
         return EightBit(self._matrix, self._ops, keeps=True)

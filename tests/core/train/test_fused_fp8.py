@@ -8,14 +8,27 @@ import torch
 from pydantic import ValidationError
 
 from core.errors import BadSpec
+from core.eval.rows import collate_packed
 from core.events import Started
-from core.models.fp8 import Linear8bit, rows_in_8_bits, rows_unrounded
+from core.models.fp8 import Linear8bit, rows_unrounded, scaled_in_8_bits
 from core.models.load import dequantized_weight
 from core.models.targets import find_targets
 from core.train.fused import halves
-from core.train.fused.elementwise import Elementwise
+from core.train.fused.elementwise import Elementwise, compiled
 from core.train.fused.install import install_fused, uninstall_fused
-from tests.core.train.fused import FAMILIES, Folders, adapted, apart, assert_same, base_of, folders_in, measured, memory
+from tests.core.train.fused import (
+    CPU,
+    FAMILIES,
+    Folders,
+    adapted,
+    apart,
+    assert_same,
+    base_of,
+    examples,
+    folders_in,
+    measured,
+    memory,
+)
 from tests.core.train.runs import losses, run_input, spec_of, train_here
 
 FP8: dict[str, Any] = {"kind": "fp8"}
@@ -82,6 +95,24 @@ def test_recomputed_layers_round_as_they_did(folders: Folders, monkeypatch: pyte
     assert len(turned) == 2 * 4, "once for each matrix of two layers"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own doing
+def test_a_compiler_makes_few_functions_of_rounding_and_rounds_the_same(folders: Folders) -> None:
+    torch._dynamo.reset()
+    model = adapted(base_of(folders("llama", layers=2, intermediate_size=176), quantization="fp8"))
+    install_fused(model)
+    batches = [collate_packed(examples(seed, longest=longest), CPU) for seed, longest in ((1, 20), (2, 31), (3, 40), (4, 17))]
+    expected = [measured(model, batch=batch) for batch in batches]
+    uninstall_fused(model)
+    install_fused(model, compiled(backend="aot_eager", fullgraph=True))
+    graphs = []
+    for batch, wanted in zip(batches, expected, strict=True):
+        assert apart(wanted.gradients, measured(model, batch=batch).gradients) < 1e-2
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[3]
+    assert torch._dynamo.config.recompile_limit >= 8, "widths of a layer and lengths of a batch make up to four of each"
+    torch._dynamo.reset()
+
+
 def test_a_run_learns_on_every_tier_and_resumes(tiny: Path, cache: Path, tmp_path: Path) -> None:
     plain_batch = {"micro_batch_size": 4, "gradient_accumulation_steps": 2, "packing": "off"}
     memory = FUSED | {"fused_layers": False}
@@ -105,11 +136,11 @@ def test_a_run_learns_on_every_tier_and_resumes(tiny: Path, cache: Path, tmp_pat
 def test_a_model_that_rounding_takes_apart_is_refused(
     tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def coarse(x: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        codes, scales = rows_in_8_bits(x, factors)
-        return codes, scales if factors is None else -scales
+    def wrong(x: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scales = scaled_in_8_bits(x, factors)
+        return codes, -scales
 
-    monkeypatch.setattr("core.train.build.PLAIN", Elementwise(rows_in_8_bits=coarse))
+    monkeypatch.setattr("core.train.build.PLAIN", Elementwise(scaled_in_8_bits=wrong))
     with pytest.raises(BadSpec, match=r"fp8 is too coarse for this model: .* gradients by \d.*; use nf4 or none"):
         train_here(run_input(tiny, cache, spec_of(quantization=FP8, memory=FUSED)), tmp_path)
 
