@@ -148,8 +148,8 @@ def why_not_one(modules: Sequence[torch.nn.Module]) -> str | None:
         return why_not_joined(layers)
     if all(map(is_8bit, layers)):
         return None
-    if any(type(layer) is not torch.nn.Linear for layer in layers):
-        return f"its weights are kept in a {type(layers[0]).__name__}"
+    if kinds := {type(layer).__name__ for layer in layers if type(layer) is not torch.nn.Linear}:
+        return f"its weights are kept in a {' and a '.join(sorted(kinds))}"
     if len({layer.weight.dtype for layer in layers}) > 1:
         return "weights that read one input differ in dtype"
     return None
