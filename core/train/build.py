@@ -31,7 +31,7 @@ from core.run import RunInput
 from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec, with_rows_at_once
 from core.train.batches import TrainingRows, WeightedRows
 from core.train.device import make_accelerator, out_of_memory_named, seed_everything
-from core.train.fused.elementwise import PLAIN, compiled
+from core.train.fused.elementwise import PLAIN, Elementwise
 from core.train.fused.install import install_fused, uninstall_fused, weights_changed
 from core.train.losses import LOSSES, ExampleLosses, Loss, sequence_nats
 from core.train.optim import build_optimizer
@@ -269,7 +269,7 @@ def _enter_packed(training: Training, spec: JobSpec) -> None:
 def _enter_fused(training: Training, spec: JobSpec, measured: Callable[[], Probe], plain: Probe, again: Probe) -> None:
     """From the packed tier on to fused layers, which are held to the plain tier too; a disagreement is said and undone."""
     try:
-        ops = compiled() if training.device.type == "cuda" else PLAIN
+        ops = _fused_ops(training.device)
         done = install_fused(training.model, ops, offload=spec.memory.checkpointing_offload)
         training.optimizer.optimizer.register_step_post_hook(lambda *_: weights_changed(training.model))
     except ValueError as error:
@@ -284,6 +284,14 @@ def _enter_fused(training: Training, spec: JobSpec, measured: Callable[[], Probe
         training.warnings.append(Warned(code="fused_mismatch", message=message))
         return
     training.choice = Choice("fused", f"{done}; on the first rows {said}")
+
+
+def _fused_ops(device: torch.device) -> Elementwise:
+    if device.type != "cuda":
+        return PLAIN
+    from core.train.fused.kernels import for_gpu  # Triton comes with torch for a GPU, and with no other
+
+    return for_gpu()
 
 
 def _compile_layers(training: Training) -> None:

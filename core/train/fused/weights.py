@@ -4,25 +4,33 @@ The layers stay what and where they are, and their names with them; only the mem
 views of the joined matrix, so that nothing is held twice and every other user of the layers finds what it knows.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch.nn.functional import linear
 
 from core.models.nf4 import Joined4bit, is_4bit, join_4bit, part_4bit, why_not_joined
 
 
 class Weight(Protocol):
-    """A joined matrix, whatever it is kept as."""
+    """A joined matrix W [outputs, inputs], whatever it is kept as."""
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [N, inputs], bias [outputs] -> x W^T + bias [N, outputs], in the dtype of both."""
+    def multiply(self, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
+        """x [N, inputs] -> x W^T + `plus`, [outputs] or [N, outputs], in the dtype of both."""
+        ...
+
+    def multiply_onto(self, result: torch.Tensor, x: torch.Tensor) -> None:
+        """`result` [N, outputs] += x W^T."""
         ...
 
     def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
         """Gradient [N, outputs] -> gradient W [N, inputs]."""
+        ...
+
+    def multiply_back_onto(self, result: torch.Tensor, gradient: torch.Tensor) -> None:
+        """`result` [N, inputs] += gradient W."""
         ...
 
     def at_hand(self, dtype: torch.dtype) -> "Weight":
@@ -30,7 +38,30 @@ class Weight(Protocol):
         ...
 
 
-class Dense:
+class _Multiplied(ABC):
+    """As a matrix in the dtype of what it is multiplied with."""
+
+    @abstractmethod
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor: ...
+
+    def multiply(self, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
+        straight = self.matrix(x.dtype).t()
+        return x @ straight if plus is None else torch.addmm(plus, x, straight)
+
+    def multiply_onto(self, result: torch.Tensor, x: torch.Tensor) -> None:
+        result.addmm_(x, self.matrix(x.dtype).t())
+
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient @ self.matrix(gradient.dtype)
+
+    def multiply_back_onto(self, result: torch.Tensor, gradient: torch.Tensor) -> None:
+        result.addmm_(gradient, self.matrix(gradient.dtype))
+
+    def at_hand(self, dtype: torch.dtype) -> "Weight":
+        return AtHand(self.matrix(dtype))
+
+
+class Dense(_Multiplied):
     """Weights, or biases, that are kept as they are; they may be trained."""
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -41,14 +72,8 @@ class Dense:
             for parameter, part in zip(parameters, self.joined.split([len(p) for p in parameters]), strict=True):
                 parameter.data = part
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return linear(x, self.joined.to(x.dtype), bias)
-
-    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient @ self.joined.to(gradient.dtype)
-
-    def at_hand(self, dtype: torch.dtype) -> "Weight":
-        return AtHand(self.joined.to(dtype))
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.joined.to(dtype)
 
     def trained(self) -> torch.Tensor | None:
         """The joined matrix with a way back to the parameters for its gradient; None where all are frozen."""
@@ -64,36 +89,24 @@ class Dense:
                 parameter.data = parameter.data.clone()
 
 
-class FourBit:
+class FourBit(_Multiplied):
     """Frozen weights in 4 bits: dequantised for every product, so that they are never whole for longer."""
 
     def __init__(self, joined: Joined4bit) -> None:
         self._joined = joined
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self._joined.multiply(x, bias)
-
-    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
-        return self._joined.multiply_back(gradient)
-
-    def at_hand(self, dtype: torch.dtype) -> Weight:
-        return AtHand(self._joined.matrix(dtype))
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._joined.matrix(dtype)
 
 
-class AtHand:
+class AtHand(_Multiplied):
     """A matrix in the dtype that it is multiplied in."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
         self._matrix = matrix
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return linear(x, self._matrix, bias)
-
-    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient @ self._matrix
-
-    def at_hand(self, dtype: torch.dtype) -> Weight:
-        return self
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._matrix
 
 
 class _AsOne(torch.autograd.Function):
