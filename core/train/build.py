@@ -32,7 +32,7 @@ from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec, 
 from core.train.batches import TrainingRows, WeightedRows
 from core.train.device import make_accelerator, out_of_memory_named, seed_everything
 from core.train.fused.elementwise import PLAIN, Elementwise
-from core.train.fused.install import install_fused, uninstall_fused, weights_changed
+from core.train.fused.install import install_fused, install_graphs, uninstall_fused, uninstall_graphs, weights_changed
 from core.train.losses import LOSSES, ExampleLosses, Loss, sequence_nats
 from core.train.optim import build_optimizer
 from core.train.selection import Selection
@@ -277,13 +277,28 @@ def _enter_fused(training: Training, spec: JobSpec, measured: Callable[[], Probe
     if training.device.type == "cuda":
         torch.cuda.empty_cache()  # what was joined lay in pieces too small for what comes
     try:
-        said = assert_agreement(plain, again, measured(), "fused", training.base.compute_dtype)
+        probe, how = _measured_as_graphs(training, measured) if training.device.type == "cuda" else (measured(), "")
+        said = assert_agreement(plain, again, probe, "fused", training.base.compute_dtype)
     except PackingMismatch as mismatch:
         uninstall_fused(training.model)
         message = f"the fused layers disagreed with the plain tier, the packed one takes their place: {mismatch}"
         training.warnings.append(Warned(code="fused_mismatch", message=message))
         return
-    training.choice = Choice("fused", f"{done}; on the first rows {said}")
+    training.choice = Choice("fused", f"{done}{how}; on the first rows {said}")
+
+
+def _measured_as_graphs(training: Training, measured: Callable[[], Probe]) -> tuple[Probe, str]:
+    """(what was measured, in words how): as graphs if these layers can be recorded, else kernel by kernel."""
+    try:
+        install_graphs(training.model)
+        return measured(), ", started as graphs"
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:  # what torch and CUDA raise where something can't be recorded
+        reason = str(error).splitlines()[0]
+    uninstall_graphs(training.model)
+    training.optimizer.zero_grad()
+    return measured(), f", started one by one ({reason})"
 
 
 def _fused_ops(device: torch.device) -> Elementwise:

@@ -14,7 +14,7 @@ from core.models.load import load_base
 from core.models.nf4 import join_4bit
 from core.spec import LoraTuning, SftObjective
 from core.train.fused import elementwise
-from core.train.fused.install import install_fused, uninstall_fused
+from core.train.fused.install import install_fused, install_graphs, uninstall_fused
 from core.train.fused.kernels import for_gpu
 from core.train.fused.offload import HostStreams
 from core.train.losses import token_loss
@@ -98,6 +98,32 @@ def test_heads_turn_and_turn_back(cuda: torch.device, size: int, turned: int, pa
     torch.testing.assert_close(for_gpu().turned_back(*parts, cos, sin, paired), back, rtol=1e-2, atol=1e-2)
 
 
+def test_graphs_of_many_sizes_share_one_memory(cuda: torch.device, tmp_path: Path) -> None:
+    """Larger and smaller batches in turn, several a step: each is what it is kernel by kernel, and memory grows by one batch."""
+    folder = build_tiny_model(tmp_path / "model", family="llama", initializer_range=0.1)
+    base = load_base(folder, name="t", weights="0" * 64, quantization="none", precision="bf16", device=cuda).model
+    model = attach_adapter(base, LoraTuning(rank=4), "t")
+    model.get_base_model().set_attn_implementation(DOCUMENTS)
+    model.train()
+    install_fused(model, for_gpu())
+    batches = [
+        collate_packed(examples(seed, count), cuda) for seed, count in ((1, 6), (2, 60), (3, 20), (4, 90), (5, 3), (6, 90))
+    ]
+
+    def step() -> dict[str, torch.Tensor]:
+        for batch in batches:
+            with torch.autocast("cuda", torch.bfloat16), disable_input_dtype_casting(model):
+                token_loss(model, batch, SftObjective()).sums.sum().backward()
+        found = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    expected = step()
+    install_graphs(model)
+    for _ in range(3):
+        assert apart(expected, step()) < 1e-2
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_fused_layers_learn_what_the_packed_tier_learns(
@@ -130,6 +156,11 @@ def test_compiled_fused_layers_learn_what_the_packed_tier_learns(
     packed = measured(model)
     install_fused(model, for_gpu())
     fused = measured(model)
+    install_graphs(model)
+    for _ in range(3):
+        recorded = measured(model)
+        assert apart(fused.gradients, recorded.gradients) < 1e-2
+        torch.testing.assert_close(recorded.sums, fused.sums, rtol=1e-3, atol=0)
     uninstall_fused(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for offload in (False, True):
