@@ -5,12 +5,11 @@ with double quantisation every layer has its own offset, and quantising the join
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import bitsandbytes
 import torch
-from torch.nn.functional import linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,23 +33,6 @@ class Joined4bit:
         return torch.ops.bitsandbytes.dequantize_4bit.default(
             self.codes, self._block_scales(), self.blocksize, self.kind, self.shape, dtype
         )
-
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [N, I] -> x W^T + bias [N, O]. Not followed by autograd."""
-        # A compiler that sees the same matrix made in both passes keeps it from one to the other: all of the model in 16 bits.
-        # So it gets to see the product alone. Without one the operator would only cost its call.
-        if torch.compiler.is_compiling():
-            return _multiply_4bit(x, bias, *self._fields(), False)
-        return linear(x, self.matrix(x.dtype), bias)
-
-    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Gradient [N, O] -> gradient W [N, I]. Not followed by autograd."""
-        if torch.compiler.is_compiling():
-            return _multiply_4bit(gradient, None, *self._fields(), True)
-        return gradient @ self.matrix(gradient.dtype)
-
-    def _fields(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
 
     def _block_scales(self) -> torch.Tensor:
         if not self.nested:
@@ -141,32 +123,3 @@ def _end_to_end(parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, tuple[torc
     """(all in one piece, views of each)."""
     whole = torch.cat(list(parts))
     return whole, whole.split([len(part) for part in parts])
-
-
-@torch.library.custom_op("strop::multiply_4bit", mutates_args=())
-def _multiply_4bit(
-    x: torch.Tensor,
-    bias: torch.Tensor | None,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    blocks: Sequence[int],
-    blocksize: int,
-    kind: str,
-    shape: Sequence[int],
-    nested: Sequence[torch.Tensor],
-    nested_blocksize: int,
-    tables: Sequence[torch.Tensor],
-    offsets: Sequence[torch.Tensor],
-    back: bool,
-) -> torch.Tensor:
-    """With the fields of a Joined4bit one by one, because an operator takes no objects."""
-    plain = Joined4bit(codes, scales, tuple(blocks), blocksize, kind, (shape[0], shape[1]))
-    joined = replace(plain, nested=tuple(nested), nested_blocksize=nested_blocksize, tables=tuple(tables), offsets=tuple(offsets))
-    return joined.multiply_back(x) if back else joined.multiply(x, bias)
-
-
-@_multiply_4bit.register_fake
-def _(x: torch.Tensor, bias: torch.Tensor | None, *of_joined: Any) -> torch.Tensor:
-    *_, back = of_joined
-    shape = of_joined[[field.name for field in fields(Joined4bit)].index("shape")]
-    return x.new_empty(x.shape[0], shape[1] if back else shape[0])

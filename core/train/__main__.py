@@ -98,6 +98,9 @@ def _set_up_libraries() -> None:
     # Read by native code as it is loaded, so it is set before torch is imported. A waiting OpenMP thread that spins takes
     # the core another one needs: on two busy cores training was measured at 13 tokens/s so, and at 93 without.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Steps of differing size fill the GPU's memory with holes that fit nothing; and what is recorded for one size (core.train.
+    # fused.graphs) is used again for the next.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ.update(
         HF_HUB_OFFLINE="1",
         TRANSFORMERS_OFFLINE="1",

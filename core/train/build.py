@@ -32,8 +32,15 @@ from core.run import RunInput
 from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec, with_rows_at_once
 from core.train.batches import TrainingRows, WeightedRows
 from core.train.device import make_accelerator, out_of_memory_named, seed_everything
-from core.train.fused.elementwise import PLAIN, compiled
-from core.train.fused.install import install_fused, uninstall_fused, weights_changed
+from core.train.fused.elementwise import PLAIN, Elementwise
+from core.train.fused.install import (
+    forget_graphs,
+    install_fused,
+    install_graphs,
+    uninstall_fused,
+    uninstall_graphs,
+    weights_changed,
+)
 from core.train.losses import LOSSES, ExampleLosses, Loss, sequence_nats
 from core.train.optim import build_optimizer
 from core.train.selection import Selection
@@ -267,6 +274,7 @@ def _enter_packed(training: Training, spec: JobSpec) -> None:
     if spec.memory.fused_layers:
         _enter_fused(training, spec, lambda: measured(layout_of(spec, "fused")), plain, again)
     if training.base.quantization == "fp8":
+        forget_graphs(training.model)
         rounding = assert_rounding_is_bearable(plain, measured(layout_of(spec, training.choice.tier)))
         training.choice = Choice(training.choice.tier, f"{training.choice.reason}; {rounding}")
 
@@ -274,7 +282,7 @@ def _enter_packed(training: Training, spec: JobSpec) -> None:
 def _enter_fused(training: Training, spec: JobSpec, measured: Callable[[], Probe], plain: Probe, again: Probe) -> None:
     """From the packed tier on to fused layers, which are held to the plain tier too; a disagreement is said and undone."""
     try:
-        ops = compiled() if training.device.type == "cuda" else PLAIN
+        ops = _fused_ops(training.device)
         done = install_fused(training.model, ops, offload=spec.memory.checkpointing_offload)
         training.optimizer.optimizer.register_step_post_hook(lambda *_: weights_changed(training.model))
     except ValueError as error:
@@ -283,13 +291,36 @@ def _enter_fused(training: Training, spec: JobSpec, measured: Callable[[], Probe
         torch.cuda.empty_cache()  # what was joined lay in pieces too small for what comes
     try:
         with rows_unrounded(training.model):
-            said = assert_agreement(plain, again, measured(), "fused", training.base.compute_dtype)
+            probe, how = _measured_as_graphs(training, measured) if training.device.type == "cuda" else (measured(), "")
+        said = assert_agreement(plain, again, probe, "fused", training.base.compute_dtype)
     except PackingMismatch as mismatch:
         uninstall_fused(training.model)
         message = f"the fused layers disagreed with the plain tier, the packed one takes their place: {mismatch}"
         training.warnings.append(Warned(code="fused_mismatch", message=message))
         return
-    training.choice = Choice("fused", f"{done}; on the first rows {said}")
+    training.choice = Choice("fused", f"{done}{how}; on the first rows {said}")
+
+
+def _measured_as_graphs(training: Training, measured: Callable[[], Probe]) -> tuple[Probe, str]:
+    """(what was measured, in words how): as graphs if these layers can be recorded, else kernel by kernel."""
+    try:
+        install_graphs(training.model)
+        return measured(), ", started as graphs"
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:  # what torch and CUDA raise where something can't be recorded
+        reason = str(error).splitlines()[0]
+    uninstall_graphs(training.model)
+    training.optimizer.zero_grad()
+    return measured(), f", started one by one ({reason})"
+
+
+def _fused_ops(device: torch.device) -> Elementwise:
+    if device.type != "cuda":
+        return PLAIN
+    from core.train.fused.kernels import for_gpu  # Triton comes with torch for a GPU, and with no other
+
+    return for_gpu()
 
 
 def _compile_layers(training: Training) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -136,24 +137,34 @@ def _optimizer_step(training: Training, step: int) -> Generator[Warned, None, _S
         group["lr"] = rate * group["lr_scale"]
     parameters = [parameter for _, parameter in training.trainable()]
     for _ in range(_OVERFLOWS_ALLOWED):
-        loss, curves = yield from _gradients(training, examples, step)
+        found = yield from _gradients(training, examples, step)
+        norm = training.accelerator.clip_grad_norm_(parameters, training.max_grad_norm)
+        training.optimizer.step()
+        # The step's only question to the GPU, when all it has to do has been said. Of weights that a gradient without bounds has
+        # been added to nothing is kept: the run ends.
+        loss, grad_norm, *curves = torch.stack([found.loss, norm, *found.curves.values()]).tolist()
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss}")
-        grad_norm = float(training.accelerator.clip_grad_norm_(parameters, training.max_grad_norm))
         if not math.isfinite(grad_norm) and training.accelerator.scaler is None:
             raise Diverged(f"the gradient's norm is {grad_norm} (loss {loss:.4f})")
-        training.optimizer.step()
         if math.isfinite(grad_norm):
             tokens = sum(example.tokens for example in examples)
             trained = sum(example.trained_tokens for example in examples)
-            return _StepNumbers(loss, rate, grad_norm, tokens, trained, curves)
+            return _StepNumbers(loss, rate, grad_norm, tokens, trained, dict(zip(found.curves, curves, strict=True)))
         # The scaler left the weights alone and halved its scale: the same rows are tried again, none is lost.
         yield Warned(code="gradient_overflow", message=f"step {step}: fp16 gradients overflowed; tried again, smaller scale")
     raise Diverged(f"fp16 gradients overflowed {_OVERFLOWS_ALLOWED} times in a row")
 
 
-def _gradients(training: Training, examples: list[Example], step: int) -> Generator[Warned, None, tuple[float, dict[str, float]]]:
-    """Forward and backward over a step: (loss, curves). Once in a run it may halve what is in memory and begin anew."""
+class _Accumulated(NamedTuple):
+    """Numbers of a step that are still on their way: fp64 scalars on the device."""
+
+    loss: torch.Tensor
+    curves: dict[str, torch.Tensor]
+
+
+def _gradients(training: Training, examples: list[Example], step: int) -> Generator[Warned, None, _Accumulated]:
+    """Forward and backward over a step. Once in a run it may halve what is in memory and begin anew."""
     chance = random_state(training.device)
     while True:
         try:
@@ -173,7 +184,7 @@ def _gradients(training: Training, examples: list[Example], step: int) -> Genera
         yield Warned(code="micro_batch_halved", message=message)
 
 
-def _accumulate(training: Training, examples: list[Example]) -> tuple[float, dict[str, float]]:
+def _accumulate(training: Training, examples: list[Example]) -> _Accumulated:
     terms = training.kind.terms(examples)
     total = torch.zeros((), dtype=torch.float64, device=training.device)
     curves: dict[str, torch.Tensor] = {}
@@ -187,8 +198,8 @@ def _accumulate(training: Training, examples: list[Example]) -> tuple[float, dic
             training.accelerator.backward(summed / terms)
             total += summed.detach()
             for name, values in found.curves.items():
-                curves[name] = curves.get(name, 0) + values.sum()
-    return total.item() / terms, {name: float(value) / len(examples) for name, value in curves.items()}
+                curves[name] = curves.get(name, 0) + values.double().sum()
+    return _Accumulated(total / terms, {name: value / len(examples) for name, value in curves.items()})
 
 
 def _assert_trained(training: Training) -> None:

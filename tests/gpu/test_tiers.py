@@ -157,14 +157,20 @@ def test_trap_5_no_micro_batch_waits_for_the_gpu(tiny: Path, cache: Path, memory
     assert training.choice.tier == ("fused" if memory else "packed")
     examples = training.rows.step_rows(1)
     assert training.model.get_base_model().config._attn_implementation == DOCUMENTS
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+
+    def passed() -> torch.Tensor:
         with training.adapters_uncast():
             batch = training.layout.collate(examples, training.device)
             with training.compute():
                 sums = training.loss(training.model, batch).sums
             sums.sum().backward()
+        return sums
+
+    passed()  # what a size of batch is recorded with
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sums = passed()
         with pytest.raises(RuntimeError, match="synchronizing"):
             sums.sum().item()
     finally:

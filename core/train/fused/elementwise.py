@@ -38,6 +38,13 @@ def normed_back(
     return (found if further is None else found + further).to(x.dtype)
 
 
+def normed_back_and_again(
+    gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, inverse: torch.Tensor, further: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`normed_back` and `normed_again`, in the gradient's dtype, in one pass over x."""
+    return normed_back(gradient, x, scale, inverse, further), normed_again(x, scale, inverse, gradient.dtype)
+
+
 def normed_back_scale(gradient: torch.Tensor, x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """Gradient of `normed` by its scale, summed over the tokens: fp32, x's shape without the first dimension."""
     return (gradient.float() * (x.float() * inverse)).sum(0)
@@ -50,11 +57,14 @@ def gated(both: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def gate_back_in_place(gradient: torch.Tensor, both: torch.Tensor) -> None:
-    """Gradient of `gated`, written over `both`: the largest tensor of a layer, and of no more use."""
+    """Gradient of `gated`, written over `both`: the largest tensor of a layer, and of no more use. Over `gradient` what `gated`
+    returned is written, which its caller needs next."""
     gate, up = both.float().chunk(2, -1)
     wide = gradient.float()
     open_ = torch.sigmoid(gate)
-    both.copy_(torch.cat((wide * up * open_ * (1 + gate * (1 - open_)), wide * gate * open_), -1))
+    result, of_both = silu(gate) * up, torch.cat((wide * up * open_ * (1 + gate * (1 - open_)), wide * gate * open_), -1)
+    gradient.copy_(result)
+    both.copy_(of_both)
 
 
 def turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, paired: bool) -> torch.Tensor:
@@ -100,6 +110,7 @@ class Elementwise:
     normed: Callable[..., Any] = normed
     normed_again: Callable[..., Any] = normed_again
     normed_back: Callable[..., Any] = normed_back
+    normed_back_and_again: Callable[..., Any] = normed_back_and_again
     normed_back_scale: Callable[..., Any] = normed_back_scale
     gated: Callable[..., Any] = gated
     gate_back_in_place: Callable[..., Any] = gate_back_in_place

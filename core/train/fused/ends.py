@@ -32,8 +32,8 @@ class Before(Protocol):
         """What is multiplied, made once more."""
         ...
 
-    def backward(self, gradient: torch.Tensor, x: Any, scale: Any, kept: Any, further: Any) -> torch.Tensor:
-        """Gradient of x; `further`, if any, is another one that is added."""
+    def backward(self, gradient: torch.Tensor, x: Any, scale: Any, kept: Any, further: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gradient of x, as `again`); `further`, if any, is another gradient that is added. Both may be written over."""
         ...
 
     def backward_scale(self, gradient: torch.Tensor, x: Any, scale: Any, kept: Any) -> torch.Tensor | None:
@@ -53,8 +53,10 @@ class Straight:
     def again(self, x: torch.Tensor, scale: None, kept: None, dtype: torch.dtype) -> torch.Tensor:
         return x.to(dtype)
 
-    def backward(self, gradient: torch.Tensor, x: Any, scale: None, kept: None, further: Any) -> torch.Tensor:
-        return gradient if further is None else gradient + further
+    def backward(
+        self, gradient: torch.Tensor, x: torch.Tensor, scale: None, kept: None, further: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return (gradient if further is None else gradient + further), x.to(gradient.dtype)
 
     def backward_scale(self, gradient: torch.Tensor, x: Any, scale: None, kept: None) -> None:
         return None
@@ -82,8 +84,9 @@ class Norm:
 
     def backward(
         self, gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, kept: torch.Tensor, further: Any
-    ) -> torch.Tensor:
-        return self._ops.normed_back(gradient, x, scale, kept, further)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found: tuple[torch.Tensor, torch.Tensor] = self._ops.normed_back_and_again(gradient, x, scale, kept, further)
+        return found
 
     def backward_scale(self, gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self._ops.normed_back_scale(gradient, x, kept)
@@ -105,9 +108,11 @@ class Gate:
     def again(self, x: torch.Tensor, scale: None, kept: None, dtype: torch.dtype) -> torch.Tensor:
         return self._ops.gated(x, dtype)
 
-    def backward(self, gradient: torch.Tensor, x: torch.Tensor, scale: None, kept: None, further: Any) -> torch.Tensor:
+    def backward(
+        self, gradient: torch.Tensor, x: torch.Tensor, scale: None, kept: None, further: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self._ops.gate_back_in_place(gradient, x)
-        return x if further is None else x + further
+        return (x if further is None else x + further), gradient
 
     def backward_scale(self, gradient: torch.Tensor, x: torch.Tensor, scale: None, kept: None) -> None:
         return None

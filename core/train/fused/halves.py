@@ -115,9 +115,8 @@ class AttentionHalf(_Half):
         found = (kept.before, kept.reduced, straight, inverse, *parts)
         if not to_sum and self._last is None:
             return None, (*found, None, None, None), attended
-        (plus,), kept_output = self._output.forward(result, of_output, batch.dtype)
-        normed, *of_last = _normed(self._last, plus, scale)
-        return _sum(x, normed), (*found, kept_output.reduced, *of_last), attended
+        total, kept_output, of_last = _added_to(x, self._output, result, of_output, batch.dtype, self._last, scale)
+        return total, (*found, kept_output.reduced, *of_last), attended
 
     def backward(
         self,
@@ -205,9 +204,8 @@ class MlpHalf(_Half):
         """(x + what is added, what is kept)."""
         of_gate_up, of_down, scale = _parts(given)
         (both,), kept = self._gate_up.forward(x, of_gate_up, batch.dtype, weight=weights[0])
-        (plus,), kept_down = self._down.forward(both, of_down, batch.dtype, weight=weights[1])
-        normed, *of_last = _normed(self._last, plus, scale)
-        return _sum(x, normed), (kept.before, kept.reduced, both, kept_down.reduced, *of_last)
+        total, kept_down, of_last = _added_to(x, self._down, both, of_down, batch.dtype, self._last, scale, weights[1])
+        return total, (kept.before, kept.reduced, both, kept_down.reduced, *of_last)
 
     def backward(
         self,
@@ -287,8 +285,25 @@ def _chunks(x: torch.Tensor) -> list[torch.Tensor]:
     return list(x.split(math.ceil(len(x) / count)))
 
 
-def _sum(x: torch.Tensor, plus: torch.Tensor) -> torch.Tensor:
-    return plus.add_(x) if plus.dtype == x.dtype else x + plus
+def _added_to(
+    x: torch.Tensor,
+    projection: Projection,
+    source: torch.Tensor,
+    given: Parameters,
+    dtype: torch.dtype,
+    norm: Norm | None,
+    scale: Any,
+    weight: Weight | None = None,
+) -> tuple[torch.Tensor, Kept, Tensors]:
+    """(x + what the projection makes of `source`, what it keeps, what the norm of what is added keeps)."""
+    if norm is None and x.dtype == dtype:
+        (total,), kept = projection.forward(source, given, dtype, plus=x, weight=weight)
+        return total, kept, (None, None)
+    (plus,), kept = projection.forward(source, given, dtype, weight=weight)
+    if norm is None:
+        return x + plus, kept, (None, None)
+    normed, inverse = norm.forward(plus, scale, plus.dtype)
+    return x + normed, kept, (plus, inverse)
 
 
 def _added(one: torch.Tensor | None, other: torch.Tensor | None, *, exactly: bool) -> torch.Tensor | None:
@@ -300,21 +315,13 @@ def _added(one: torch.Tensor | None, other: torch.Tensor | None, *, exactly: boo
     return one.add_(other)
 
 
-def _normed(norm: Norm | None, plus: torch.Tensor, scale: Any) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(what is added, then what is kept of it) where a norm stands before the sum, and where none does."""
-    if norm is None:
-        return plus, None, None
-    normed, inverse = norm.forward(plus, scale, plus.dtype)
-    return normed, plus, inverse
-
-
 def _normed_back(
     norm: Norm | None, gradient: torch.Tensor, plus: Any, scale: Any, inverse: Any, wants_scale: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if norm is None:
         return gradient, None
     of_scale = norm.backward_scale(gradient, plus, scale, inverse) if wants_scale else None
-    return norm.backward(gradient, plus, scale, inverse, None), of_scale
+    return norm.backward(gradient, plus, scale, inverse, None)[0], of_scale
 
 
 def _if_any(tensor: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

@@ -2,6 +2,7 @@
 same objects, so saving, checkpoints, resuming and the optimiser know nothing of it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from core.train.fused.adapters import Adapters
 from core.train.fused.elementwise import PLAIN, Elementwise
 from core.train.fused.families import FAMILIES, projections_of
+from core.train.fused.graphs import CudaRecorder, GraphedDecoder, Recorder
 from core.train.fused.head import FusedHead
 from core.train.fused.layer import FusedLayer
 from core.train.fused.offload import HostStreams
@@ -48,8 +50,32 @@ def install_fused(model: Any, ops: Elementwise = PLAIN, *, offload: bool = False
     return f"fused layers ({len(layers)} of {causal_lm.config.model_type}, element-wise functions {how})"
 
 
+def install_graphs(model: Any, recorder: Callable[[torch.device], Recorder] = CudaRecorder) -> None:
+    """Let fused layers run as graphs that are recorded once for each size of batch. Raises ValueError where none can be."""
+    causal_lm = _causal_lm(model)
+    fused = fused_layer(_layers(causal_lm)[-1])
+    if fused is None or fused.host is not None:
+        raise ValueError("the host takes part in its layers" if fused else "the model's layers are not fused")
+    decoder = causal_lm.get_decoder()
+    decoder.forward = GraphedDecoder(decoder, fused, recorder, causal_lm.device).forward
+
+
+def uninstall_graphs(model: Any) -> None:
+    """Put the decoder's own forward back. Harmless where nothing was installed."""
+    vars(_causal_lm(model).get_decoder()).pop("forward", None)
+
+
+def forget_graphs(model: Any) -> None:
+    """To be said when layers are to compute something else than what was recorded. Harmless where nothing was installed."""
+    forward = vars(_causal_lm(model).get_decoder()).get("forward")
+    graphed = getattr(forward, "__self__", None)
+    if isinstance(graphed, GraphedDecoder):
+        graphed.drop()
+
+
 def uninstall_fused(model: Any) -> None:
     """Put every layer's own forward back and give its weights memory of their own. Harmless where nothing was installed."""
+    uninstall_graphs(model)
     vars(_causal_lm(model).get_output_embeddings()).pop("nats", None)
     for layer in _layers(_causal_lm(model)):
         fused = fused_layer(layer)

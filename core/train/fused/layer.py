@@ -51,9 +51,14 @@ class FusedLayer:
     def forward(self, hidden_states: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         """[1, N, hidden] -> the same, as the layer's own forward. Whatever is no batch of packed rows goes through that one:
         answers from a cache, padded rows, another adapter or none."""
-        if arguments or options.get("cu_seq_lens_q") is None or options.get("past_key_values") is not None or not self._is_on():
+        if arguments or options.get("cu_seq_lens_q") is None or options.get("past_key_values") is not None or not self.is_on():
             return type(self.layer).forward(self.layer, hidden_states, *arguments, **options)
         return self._packed(hidden_states, **options)
+
+    def is_on(self) -> bool:
+        """Whether the adapter that trains is the one that counts."""
+        adapted = self._adapted
+        return adapted is None or (adapted.active_adapters == [ADAPTER] and not adapted.disable_adapters and not adapted.merged)
 
     def part(self) -> None:
         """Give the layer's modules memory of their own again."""
@@ -80,10 +85,6 @@ class FusedLayer:
             self, batch, torch.is_grad_enabled(), hidden_states.squeeze(0), *given, *self._factors
         )
         return result[None]
-
-    def _is_on(self) -> bool:
-        adapted = self._adapted
-        return adapted is None or (adapted.active_adapters == [ADAPTER] and not adapted.disable_adapters and not adapted.merged)
 
 
 class _Layer(torch.autograd.Function):

@@ -83,15 +83,18 @@ class Projection:
         given: Parameters,
         dtype: torch.dtype,
         *turn: torch.Tensor,
+        plus: torch.Tensor | None = None,
         weight: Weight | None = None,
     ) -> tuple[tuple[torch.Tensor, ...], Kept]:
-        """after((z W^T + b) + (z A^T) B^T) with z = before(x), x [N, inputs]. `turn` goes to `after`."""
+        """after((z W^T + b) + (z A^T) B^T + `plus`) with z = before(x), x [N, inputs]. `turn` goes to `after`."""
         z, kept_before = self._before.forward(x, given.scale, dtype)
-        y = (weight or self._weight).multiply(z, None if given.bias is None else given.bias.to(dtype))
-        reduced = None
+        reduced = thin = None
+        if given.bias is not None:
+            plus = given.bias.to(dtype) if plus is None else plus + given.bias.to(dtype)
         if given.down is not None and given.up is not None:
             reduced = z @ given.down.t()
-            y.addmm_(reduced, given.up.t())
+            thin = (reduced, given.up.t())
+        y = (weight or self._weight).multiply(z, plus, thin)
         del z
         results, kept_after = self._after.forward(y, *turn)
         return results, Kept(kept_before, reduced, kept_after)
@@ -111,27 +114,27 @@ class Projection:
     ) -> tuple[torch.Tensor | None, Parameters, torch.Tensor | None]:
         """(gradient of x plus `further`, those of `given` that are `wanted`, that of `turn`'s). A gate's x is written over."""
         dy, of_turn = self._after.backward(gradients, kept.after, *turn)
-        of_x = of_scale = of_weight = of_bias = of_down = of_up = of_reduced = None
+        of_x = of_scale = of_weight = of_bias = of_down = of_up = of_reduced = z = None
         if given.bias is not None and wanted[2]:
             of_bias = dy.sum(0).to(given.bias.dtype)
-        if given.down is not None or given.weight is not None:
-            z = self._before.again(x, given.scale, kept.before, dtype)
-            if given.down is not None and given.up is not None:
-                reduced = z @ given.down.t() if kept.reduced is None else kept.reduced
-                of_reduced = dy @ given.up
-                of_up = dy.t() @ reduced
-                of_down = of_reduced.t() @ z
-            if given.weight is not None and wanted[1]:
-                of_weight = (dy.t() @ z).to(given.weight.dtype)
-            del z  # as large as what follows
+        if given.up is not None:
+            of_reduced = dy @ given.up
         if wants_x or wanted[0]:
-            dz = (weight or self._weight).multiply_back(dy)
-            if of_reduced is not None:
-                dz.addmm_(of_reduced, given.down)
+            thin = None if of_reduced is None or given.down is None else (of_reduced, given.down)
+            dz = (weight or self._weight).multiply_back(dy, thin)
             if wanted[0]:
                 of_scale = self._before.backward_scale(dz, x, given.scale, kept.before)
             if wants_x:
-                of_x = self._before.backward(dz, x, given.scale, kept.before, further)
+                of_x, z = self._before.backward(dz, x, given.scale, kept.before, further)
+            del dz
+        if given.down is not None or given.weight is not None:
+            if z is None:
+                z = self._before.again(x, given.scale, kept.before, dtype)
+            if given.down is not None and of_reduced is not None:
+                of_up = dy.t() @ (z @ given.down.t() if kept.reduced is None else kept.reduced)
+                of_down = of_reduced.t() @ z
+            if given.weight is not None and wanted[1]:
+                of_weight = (dy.t() @ z).to(given.weight.dtype)
         return of_x, Parameters(of_scale, of_weight, of_bias, of_down, of_up), of_turn
 
     def part(self) -> None:

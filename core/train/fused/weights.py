@@ -4,27 +4,30 @@ The layers stay what and where they are, and their names with them; only the mem
 views of the joined matrix, so that nothing is held twice and every other user of the layers finds what it knows.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch.nn.functional import linear
 
 from core.models.fp8 import Matrix8bit, is_8bit, join_8bit, part_8bit
 from core.models.nf4 import Joined4bit, is_4bit, join_4bit, part_4bit, why_not_joined
 from core.train.fused.elementwise import Elementwise
 
+Thin = tuple[torch.Tensor, torch.Tensor]
+"""An adapter's second product, [N, R] and [R, outputs], that is added to the large one."""
+
 
 class Weight(Protocol):
-    """A joined matrix, whatever it is kept as."""
+    """A joined matrix W [outputs, inputs], whatever it is kept as."""
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [N, inputs], bias [outputs] -> x W^T + bias [N, outputs], in the dtype of both."""
+    def multiply(self, x: torch.Tensor, plus: torch.Tensor | None, thin: Thin | None = None) -> torch.Tensor:
+        """x [N, inputs] -> x W^T + `plus`, [outputs] or [N, outputs], + `thin`, in the dtype of all of them."""
         ...
 
-    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Gradient [N, outputs] -> gradient W [N, inputs]."""
+    def multiply_back(self, gradient: torch.Tensor, thin: Thin | None = None) -> torch.Tensor:
+        """Gradient [N, outputs] -> gradient W [N, inputs] + `thin`."""
         ...
 
     def at_hand(self, dtype: torch.dtype) -> "Weight":
@@ -32,7 +35,23 @@ class Weight(Protocol):
         ...
 
 
-class Dense:
+class _Multiplied(ABC):
+    """As a matrix in the dtype of what it is multiplied with."""
+
+    @abstractmethod
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor: ...
+
+    def multiply(self, x: torch.Tensor, plus: torch.Tensor | None, thin: Thin | None = None) -> torch.Tensor:
+        return _onto(plus, thin, x, self.matrix(x.dtype).t())
+
+    def multiply_back(self, gradient: torch.Tensor, thin: Thin | None = None) -> torch.Tensor:
+        return _onto(None, thin, gradient, self.matrix(gradient.dtype))
+
+    def at_hand(self, dtype: torch.dtype) -> "Weight":
+        return AtHand(self.matrix(dtype))
+
+
+class Dense(_Multiplied):
     """Weights, or biases, that are kept as they are; they may be trained."""
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -43,14 +62,8 @@ class Dense:
             for parameter, part in zip(parameters, self.joined.split([len(p) for p in parameters]), strict=True):
                 parameter.data = part
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return linear(x, self.joined.to(x.dtype), bias)
-
-    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient @ self.joined.to(gradient.dtype)
-
-    def at_hand(self, dtype: torch.dtype) -> "Weight":
-        return AtHand(self.joined.to(dtype))
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.joined.to(dtype)
 
     def trained(self) -> torch.Tensor | None:
         """The joined matrix with a way back to the parameters for its gradient; None where all are frozen."""
@@ -66,20 +79,14 @@ class Dense:
                 parameter.data = parameter.data.clone()
 
 
-class FourBit:
+class FourBit(_Multiplied):
     """Frozen weights in 4 bits: dequantised for every product, so that they are never whole for longer."""
 
     def __init__(self, joined: Joined4bit) -> None:
         self._joined = joined
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self._joined.multiply(x, bias)
-
-    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
-        return self._joined.multiply_back(gradient)
-
-    def at_hand(self, dtype: torch.dtype) -> Weight:
-        return AtHand(self._joined.matrix(dtype))
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._joined.matrix(dtype)
 
 
 class EightBit:
@@ -90,33 +97,41 @@ class EightBit:
         self._matrix, self._ops, self._keeps = matrix, ops, keeps
         self._over: torch.Tensor | None = None
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self._matrix.multiply(x, bias, quantise=self._ops.rows_in_8_bits)
+    def multiply(self, x: torch.Tensor, plus: torch.Tensor | None, thin: Thin | None = None) -> torch.Tensor:
+        return _sum(self._matrix.multiply(x, quantise=self._ops.rows_in_8_bits), plus, thin)
 
-    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+    def multiply_back(self, gradient: torch.Tensor, thin: Thin | None = None) -> torch.Tensor:
         over = self._ops.turned_over(self._matrix.codes) if self._over is None else self._over
         if self._keeps:
             self._over = over
-        return self._matrix.multiply_back(gradient, over, quantise=self._ops.scaled_in_8_bits)
+        return _sum(self._matrix.multiply_back(gradient, over, quantise=self._ops.scaled_in_8_bits), None, thin)
 
     def at_hand(self, dtype: torch.dtype) -> Weight:
         return EightBit(self._matrix, self._ops, keeps=True)
 
 
-class AtHand:
+class AtHand(_Multiplied):
     """A matrix in the dtype that it is multiplied in."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
         self._matrix = matrix
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return linear(x, self._matrix, bias)
+    def matrix(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._matrix
 
-    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient @ self._matrix
 
-    def at_hand(self, dtype: torch.dtype) -> Weight:
-        return self
+def _onto(plus: torch.Tensor | None, thin: Thin | None, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """The thin product first, which only moves bytes; the large one adds to it, and has time to read it as it computes."""
+    if thin is None:
+        return x @ matrix if plus is None else torch.addmm(plus, x, matrix)
+    return (thin[0] @ thin[1] if plus is None else torch.addmm(plus, *thin)).addmm_(x, matrix)
+
+
+def _sum(product: torch.Tensor, plus: torch.Tensor | None, thin: Thin | None) -> torch.Tensor:
+    """The same where the large product can't add to anything: then the thin one adds to it."""
+    if thin is not None:
+        product.addmm_(*thin)
+    return product if plus is None else product.add_(plus)
 
 
 class _AsOne(torch.autograd.Function):

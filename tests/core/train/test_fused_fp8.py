@@ -11,12 +11,14 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from core.errors import BadSpec
 from core.eval.rows import collate_packed
 from core.events import Started
-from core.models.fp8 import Linear8bit, rows_in_8_bits, rows_unrounded, scaled_in_8_bits, turned_over
+from core.models.fp8 import Linear8bit, Rounding, rows_in_8_bits, rows_unrounded, scaled_in_8_bits, turned_over
 from core.models.load import dequantized_weight
 from core.models.targets import find_targets
 from core.train.fused import halves
-from core.train.fused.elementwise import Elementwise, compiled
-from core.train.fused.install import install_fused, uninstall_fused
+from core.train.fused.elementwise import PLAIN, Elementwise, compiled
+from core.train.fused.graphs import Recorder, Work
+from core.train.fused.install import forget_graphs, install_fused, install_graphs, uninstall_fused
+from core.train.fused.weights import EightBit
 from tests.core.train.fused import (
     CPU,
     FAMILIES,
@@ -73,6 +75,53 @@ def test_without_rounding_a_model_is_the_one_of_its_dequantised_weights(folders:
     with rows_unrounded(model):
         assert_same(measured(model), expected)
     assert apart(expected.gradients, measured(model).gradients) < 0.2
+
+
+@pytest.mark.parametrize("has_plus", [False, True])
+@pytest.mark.parametrize("has_thin", [False, True])
+def test_what_is_added_to_a_product_is_added_to_it(has_plus: bool, has_thin: bool) -> None:
+    torch.manual_seed(0)
+    layer = Linear8bit(torch.nn.Linear(64, 48, bias=False), CPU, Rounding())
+    weight = EightBit(layer.matrix(), PLAIN)
+    x, gradient = torch.randn(7, 64), torch.randn(7, 48)
+    plus = torch.randn(7, 48) if has_plus else None
+    thin, thin_back = [(torch.randn(7, 3), torch.randn(3, width)) if has_thin else None for width in (48, 64)]
+    before = None if plus is None else plus.clone()
+    found, found_back = weight.multiply(x, plus, thin), weight.multiply_back(gradient, thin_back)
+    expected, expected_back = weight.multiply(x, None), weight.multiply_back(gradient)
+    if plus is not None and before is not None:
+        assert torch.equal(plus, before), "it is its caller's"
+        expected = expected + plus
+    if thin is not None and thin_back is not None:
+        expected, expected_back = expected + thin[0] @ thin[1], expected_back + thin_back[0] @ thin_back[1]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found_back, expected_back)
+
+
+def test_graphs_of_what_was_not_rounded_are_forgotten(folders: Folders) -> None:
+    recorded = []
+
+    def recorder(device: torch.device) -> Recorder:
+        def record(work: Work) -> Work:
+            recorded.append(work)
+            return work
+
+        return record
+
+    model = adapted(base_of(folders("llama"), quantization="fp8"))
+    forget_graphs(model)
+    install_fused(model)
+    expected = measured(model)
+    install_graphs(model, recorder)
+    counts = []
+    for _ in range(2):
+        with rows_unrounded(model):
+            measured(model)
+            measured(model)
+        forget_graphs(model)
+        assert apart(expected.gradients, measured(model).gradients) < 1e-2  # a row of padding makes sums of another size
+        counts.append(len(recorded))
+    assert counts == [4, 6], "forward and backward, each before and after"
 
 
 def test_recomputed_layers_round_as_they_did(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
