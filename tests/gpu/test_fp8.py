@@ -14,8 +14,8 @@ from core.models.documents import DOCUMENTS
 from core.models.fp8 import Linear8bit, Rounding, rows_in_8_bits, rows_unrounded, scaled_in_8_bits, to_8bit, turned_over
 from core.models.load import load_base
 from core.spec import LoraTuning, SftObjective
-from core.train.fused.elementwise import compiled
-from core.train.fused.install import install_fused
+from core.train.fused.install import forget_graphs, install_fused, install_graphs
+from core.train.fused.kernels import for_gpu
 from core.train.losses import token_loss
 from tests.core.train.fused import FAMILIES, Found, apart, examples
 from tests.tiny import build_tiny_model
@@ -68,7 +68,7 @@ def test_products_are_those_of_the_rounded_factors(cuda: torch.device, inputs: i
 @pytest.mark.parametrize("width", [64, 576, 4096, 11008, 22016])
 def test_compiled_functions_round_as_plain_ones(cuda: torch.device, width: int) -> None:
     """But for numbers that lie between two of e4m3's, which a division in another order tips over."""
-    ops = compiled()
+    ops = for_gpu()
     factors = torch.logspace(-3, 1, width, device=cuda)
     for tokens in TOKENS:
         x = torch.randn(tokens, width, device=cuda).bfloat16() * torch.logspace(-10, 10, tokens, device=cuda)[:, None].bfloat16()
@@ -95,7 +95,7 @@ def test_no_row_depends_on_its_neighbours(cuda: torch.device) -> None:
     x = torch.randn(130, 576, device=cuda, dtype=torch.bfloat16)
     with torch.no_grad():
         whole, alone = layer(x), torch.cat([layer(row[None]) for row in x])
-    torch.testing.assert_close(whole, alone, rtol=2.0**-7, atol=1e-4)
+    assert far(whole, alone) < 1e-2, "but for the order of sums"
 
 
 def test_loading_takes_one_weight_more_than_the_result(cuda: torch.device) -> None:
@@ -135,22 +135,28 @@ def test_compiled_fused_layers_over_8_bit_weights(cuda: torch.device, tmp_path: 
         with torch.autocast("cuda", torch.bfloat16), disable_input_dtype_casting(model):
             sums = token_loss(model, batch, SftObjective()).sums
             sums.sum().backward()
-        gradients = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
         return Found(sums.detach(), gradients)
 
     packed = measured()
     with rows_unrounded(model):
         exact = measured()
-    install_fused(model, compiled())
+    install_fused(model, for_gpu())
     fused = measured()
+    install_graphs(model)
     with rows_unrounded(model):
         fused_exact = measured()
+    forget_graphs(model)
+    graphs = [measured() for _ in range(3)][-1]
     found = {
         "unrounded, fused from packed": apart(exact.gradients, fused_exact.gradients),
         "packed, rounded from unrounded": apart(exact.gradients, packed.gradients),
         "fused, rounded from unrounded": apart(exact.gradients, fused.gradients),
+        "fused as graphs, rounded from unrounded": apart(exact.gradients, graphs.gradients),
     }
     assert found["unrounded, fused from packed"] < 3e-2, found
-    assert found["fused, rounded from unrounded"] < max(0.1, 1.5 * found["packed, rounded from unrounded"]), found
+    bearable = max(0.1, 1.5 * found["packed, rounded from unrounded"])
+    assert found["fused, rounded from unrounded"] < bearable, found
+    assert found["fused as graphs, rounded from unrounded"] < bearable, found
     torch.testing.assert_close(fused.sums, exact.sums, rtol=3e-2, atol=0)
