@@ -2,9 +2,9 @@
 
 Twice the rate of bf16 where the hardware multiplies 8-bit floats, for a byte a weight. Both factors of a product are rounded:
 weights once, at load, with a scale for each output; what meets them in every pass, with a scale for each token, so that no row
-depends on what it is computed together with. No weight trains and no weight's gradient is made; adapters
-beside them see everything in the compute dtype. Gradients are e4m3 too: a row that is scaled by its own largest number needs
-e4m3's third bit more than the range of e5m2.
+depends on what it is computed together with. No weight trains and no weight's gradient is made; adapters beside them see
+everything in the compute dtype. Gradients are e4m3 too: a row that is scaled by its own largest number needs e4m3's third bit
+more than the range of e5m2.
 
 A CPU multiplies the same rounded numbers in fp32, which is the reference: slow, and for tests and small models. N is tokens.
 """

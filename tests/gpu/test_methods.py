@@ -17,8 +17,9 @@ from tests.gpu.conftest import on_gpu
 
 pytestmark = pytest.mark.gpu
 
-NEAR = {"int8": 0.1}
-"""int8 products of a GPU take outliers apart, those of a CPU don't."""
+NEAR = {"int8": 0.1, "fp8": 0.1, "fp8-pissa": 0.1, "fp8-mora": 0.1}
+"""int8 products of a GPU take outliers apart, those of a CPU don't. Rounding to fp8 makes more of what bf16 differs in from fp32,
+and of sums in another order, as attention's backward pass has them in a resumed run."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_it_learns_resumes_and_reloads(
     assert series == pytest.approx(reference, abs=NEAR.get(tuning, 0.05))
 
     resumed = on_gpu(tiny, tokens[objective], wanted, tmp_path / "gpu" / "checkpoints" / "step-6")
-    assert losses(train_here(resumed, tmp_path / "resumed")) == pytest.approx(series[6:], abs=1e-3)
+    assert losses(train_here(resumed, tmp_path / "resumed")) == pytest.approx(series[6:], abs=1e-2 if "fp8" in tuning else 1e-3)
 
     folder = tmp_path / "gpu" / "adapter"
     record = ParityRecord.model_validate_json((folder / "parity.json").read_bytes())
