@@ -33,16 +33,16 @@ class Stacked:
     """All B, scaled, on a diagonal [outputs, R]."""
     scales: Sequence[torch.Tensor] = ()
 
-    def lay_out(self, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Make room for all of them; the places of every A and of every B in it."""
-        below = self.factors[0::2]
+    def make(self, dtype: torch.dtype) -> None:
+        below, above = self.factors[0::2], self.factors[1::2]
         if self.down is None or self.up is None or self.down.dtype != dtype:
             ranks, inputs = sum(len(factor) for factor in below), below[0].shape[1]
             self.down = below[0].new_empty(ranks, inputs, dtype=dtype)
             self.up = below[0].new_zeros(self.outputs, ranks, dtype=dtype)
             self.scales = [below[0].new_full((1,), place.scale, dtype=torch.float32) for place in self.places]
-        downs = [self.down[place.ranks] for place in self.places]
-        return downs, [self.up[place.outputs, place.ranks] for place in self.places]
+        torch._foreach_copy_([self.down[place.ranks] for place in self.places], below)
+        for place, factor in zip(self.places, above, strict=True):
+            self.up[place.outputs, place.ranks] = factor * place.scale
 
     def gradients(self, down: torch.Tensor | None, up: torch.Tensor | None) -> list[torch.Tensor | None]:
         """From those of `down` and `up` to those of `factors`."""
@@ -62,9 +62,6 @@ class Adapters:
     def __init__(self) -> None:
         self._stacked: list[Stacked] = []
         self._made_of: tuple[object, ...] | None = None
-        self._dtype: torch.dtype | None = None
-        self._downs: list[torch.Tensor] = []
-        self._ups: list[torch.Tensor] = []
 
     def add(self, stacked: Stacked) -> Stacked:
         self._stacked.append(stacked)
@@ -78,17 +75,7 @@ class Adapters:
     def refresh(self, dtype: torch.dtype) -> None:
         """Make them again if any weight has changed since. To be called before a forward pass."""
         state = (dtype, *(factor._version for stacked in self._stacked for factor in stacked.factors))
-        if self._stacked and state != self._made_of:
-            if dtype != self._dtype:
-                self._lay_out(dtype)
-            # Of all layers at once: one by one they are hundreds of kernels, at a moment when the GPU has nothing else to do.
-            torch._foreach_copy_(self._downs, [factor for stacked in self._stacked for factor in stacked.factors[0::2]])
-            torch._foreach_copy_(self._ups, [factor for stacked in self._stacked for factor in stacked.factors[1::2]])
-            torch._foreach_mul_(self._ups, [place.scale for stacked in self._stacked for place in stacked.places])
+        if state != self._made_of:
+            for stacked in self._stacked:
+                stacked.make(dtype)
             self._made_of = state
-
-    def _lay_out(self, dtype: torch.dtype) -> None:
-        places = [stacked.lay_out(dtype) for stacked in self._stacked]
-        self._downs = [down for downs, _ in places for down in downs]
-        self._ups = [up for _, ups in places for up in ups]
-        self._dtype = dtype
