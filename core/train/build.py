@@ -295,7 +295,10 @@ def _measured_as_graphs(training: Training, measured: Callable[[], Probe]) -> tu
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError) as error:  # what torch and CUDA raise where something can't be recorded
-        reason = str(error).splitlines()[0]
+        first: BaseException = error
+        while first.__context__ is not None:  # ending a recording that failed fails too
+            first = first.__context__
+        reason = str(first).splitlines()[0]
     uninstall_graphs(training.model)
     training.optimizer.zero_grad()
     return measured(), f", started one by one ({reason})"

@@ -123,14 +123,18 @@ class GraphedDecoder:
         return _Graph(self._record(forward), self._record(backward), hidden, gradient)
 
     def _warm(self, inputs: dict[str, Any]) -> None:
-        """One layer both ways: a kernel that was never started can't be recorded."""
-        decoder, layer = self._decoder, self._decoder.layers[-1]
+        """The ends and two layers both ways, the first of which may have nothing to hand back to: a kernel that was never
+        started, or compiled, can't be recorded."""
+        decoder = self._decoder
+        parts = [decoder.embed_tokens, *dict.fromkeys([decoder.layers[0], decoder.layers[-1]]), decoder.norm]
         with torch.autocast(self._device.type, self._dtype(), enabled=self._dtype() != torch.float32, cache_enabled=False):
-            stream = decoder.embed_tokens(inputs["input_ids"]).detach().requires_grad_()
+            stream = decoder.embed_tokens(inputs["input_ids"])
             turn = decoder.rotary_emb(stream, position_ids=inputs["position_ids"])
-            result = decoder.norm(layer(stream, position_embeddings=turn, **inputs))
-        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-        torch.autograd.grad(result, [stream, *trained], result.detach(), allow_unused=True)
+            for layer in parts[1:-1]:
+                stream = layer(stream, position_embeddings=turn, **inputs)
+            result = decoder.norm(stream)
+        trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+        torch.autograd.grad(result, trained, result.detach(), allow_unused=True)
 
     def _fill(self, size: Size, input_ids: torch.Tensor, position_ids: torch.Tensor, bounds: torch.Tensor) -> None:
         inputs, count, ends = self._inputs(size), input_ids.shape[1], len(bounds)
