@@ -6,7 +6,7 @@ into the gradients of the features at once. So a batch of B pairs of width D nee
 blocks (block² × 4 bytes each) beside its features, where the plain formula needs several times 4·B². Tiled losses of this kind
 are Inf-CL's (arXiv 2410.17243) and, for the sigmoid, SigLIP's own chunks (arXiv 2303.15343, 3.3).
 
-Products take fp32 features, sums are always fp32. With `products=torch.bfloat16` the operands are rounded to bf16 before each
+Products take fp32 features (TF32 where the process allows that), sums are always fp32. With `products=torch.bfloat16` the operands are rounded to bf16 before each
 product (still summed in fp32): several times faster on tensor cores, logits wrong by about 1e-3 × scale.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
 from core.vision.contrastive import PairIds, check_features, no_autocast
@@ -68,7 +69,7 @@ class _InfoNce(torch.autograd.Function):
         matrix = _Matrix(images, texts, scale, ids, block, products)
         rows = images.new_full((len(images),), -math.inf, dtype=torch.float32)
         columns, own = rows.clone(), torch.empty_like(rows)
-        for i, j, logits in matrix.blocks(masked_with=-math.inf):
+        for i, j, logits in matrix.blocks():
             rows[i] = torch.logaddexp(rows[i], logits.logsumexp(1))
             columns[j] = torch.logaddexp(columns[j], logits.logsumexp(0))
             if i == j:
@@ -79,10 +80,11 @@ class _InfoNce(torch.autograd.Function):
         return ((rows.double() + columns.double() - 2 * own.double()).mean() / 2).float()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         images, texts, scale, rows, columns = ctx.saved_tensors
         matrix = _Matrix(images, texts, scale, ctx.ids, ctx.block, ctx.products)
-        for i, j, logits in matrix.blocks(masked_with=-math.inf):
+        for i, j, logits in matrix.blocks():
             towards = (logits - rows[i, None]).exp_()
             towards += logits.sub_(columns[None, j]).exp_()
             if i == j:
@@ -105,7 +107,7 @@ class _Siglip(torch.autograd.Function):
     ) -> torch.Tensor:
         matrix = _Matrix(images, texts, scale, ids, block, products)
         total = images.new_zeros((), dtype=torch.float64)
-        for i, j, logits in matrix.blocks(masked_with=-math.inf):
+        for i, j, logits in matrix.blocks():
             logits += bias  # minus infinity stays: a pair left out is a negative that costs nothing
             if i == j:
                 logits.diagonal().neg_()
@@ -115,11 +117,12 @@ class _Siglip(torch.autograd.Function):
         return (total / len(images)).float()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         images, texts, scale, bias = ctx.saved_tensors
         matrix = _Matrix(images, texts, scale, ctx.ids, ctx.block, ctx.products)
         towards_bias = images.new_zeros((), dtype=torch.float64)
-        for i, j, logits in matrix.blocks(masked_with=-math.inf):
+        for i, j, logits in matrix.blocks():
             towards = logits.add_(bias).sigmoid_()
             if i == j:
                 towards.diagonal().sub_(1)
@@ -146,8 +149,8 @@ class _Matrix:
         self.towards_images: torch.Tensor | None = None
         self.towards_texts: torch.Tensor | None = None
 
-    def blocks(self, masked_with: float) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """(rows, columns, logits fp32 [rows, columns], the reader's to change); pairs that are no negatives are masked."""
+    def blocks(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """(rows, columns, logits fp32 [rows, columns], the reader's to change); minus infinity where pairs are no negatives."""
         for i in self.spans:
             ours = self.images[i].to(self.products)
             for j in self.spans:
@@ -156,7 +159,7 @@ class _Matrix:
                     shared = self.ids.shared(i, j)
                     if i == j:
                         shared.fill_diagonal_(False)
-                    logits.masked_fill_(shared, masked_with)
+                    logits.masked_fill_(shared, -math.inf)
                 yield i, j, logits
 
     def collect(self, i: slice, j: slice, towards: torch.Tensor) -> None:

@@ -71,7 +71,7 @@ def info_nce(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, ids
     `images` and `texts` are [B, D]; row i of both is a pair. Without ids all pairs count as distinct.
     """
     check_features(images, texts, ids)
-    logits = _similarity(images, texts) * scale
+    logits = similarity(images, texts) * scale
     if ids is not None:
         every = slice(None)
         logits = logits.masked_fill(ids.shared(every, every) & ~_diagonal(logits), -math.inf)
@@ -110,7 +110,7 @@ def siglip(
     `bias` is a scalar that learns, -10 at first, as `scale` begins at 10 (temperature 0.1).
     """
     check_features(images, texts, ids)
-    logits = _similarity(images, texts) * scale + bias
+    logits = similarity(images, texts) * scale + bias
     diagonal = _diagonal(logits)
     nats = -logsigmoid(torch.where(diagonal, logits, -logits))
     if ids is not None:
@@ -132,7 +132,8 @@ def no_autocast(like: torch.Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _similarity(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+def similarity(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """fp32 [B, B]: picture i and text j, under autocast too."""
     with no_autocast(images):
         return images.float() @ texts.float().T
 

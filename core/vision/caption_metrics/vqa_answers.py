@@ -16,42 +16,18 @@ _COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
 _STOP = re.compile(r"\.(?!\d)")
 _SPACED = re.compile(r"""[;/\[\]"{}()=+\\_\-><@`,?!。，、；？！「」《》（）“”]""")
 
-_NOT = [
-    "ai",
-    "are",
-    "ca",
-    "could",
-    "did",
-    "does",
-    "do",
-    "had",
-    "has",
-    "have",
-    "is",
-    "might",
-    "must",
-    "need",
-    "should",
-    "was",
-    "were",
-    "wo",
-    "would",
-]
+_MODALS = ["could", "might", "must", "should", "would"]
 _ENDINGS = {  # ending -> what it follows, where the two written as one are no other word
-    "ve": ["could", "i", "might", "must", "should", "they", "we", "what", "who", "would", "you"],
-    "ll": ["it", "that", "there", "they", "this", "what", "who", "you"],
-    "re": ["they", "what", "you"],
-    "d": ["how", "it", "that", "there", "they", "what", "who", "you"],
-    "s": ["everyone", "he", "here", "how", "somebody", "someone", "that", "there", "what", "when", "where", "who", "why"],
-    "m": ["i"],
+    "n't": ["are", "ca", "did", "do", "does", "had", "has", "have", "is", "was", "were", "wo", *_MODALS],
+    "'ve": ["i", "they", "we", "what", "who", "you", *_MODALS],
+    "'ll": ["it", "that", "there", "they", "this", "what", "who", "you"],
+    "'re": ["they", "what", "you"],
+    "'d": ["how", "it", "that", "there", "they", "what", "who", "you"],
+    "'s": ["everyone", "he", "here", "how", "somebody", "someone", "that", "there", "what", "when", "where", "who", "why"],
+    "'m": ["i"],
 }
-_CONTRACTIONS = {
-    **{f"{stem}nt": f"{stem}n't" for stem in _NOT},
-    **{stem + ending: f"{stem}'{ending}" for ending, stems in _ENDINGS.items() for stem in stems},
-    "oclock": "o'clock",
-    "maam": "ma'am",
-    "yall": "y'all",
-}
+_CONTRACTIONS = {stem + ending.replace("'", ""): stem + ending for ending, stems in _ENDINGS.items() for stem in stems}
+_CONTRACTIONS |= {"aint": "ain't", "oclock": "o'clock", "maam": "ma'am", "yall": "y'all"}
 
 
 def comparable(answer: str) -> str:
