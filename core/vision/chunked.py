@@ -6,8 +6,9 @@ into the gradients of the features at once. So a batch of B pairs of width D nee
 blocks (block² × 4 bytes each) beside its features, where the plain formula needs several times 4·B². Tiled losses of this kind
 are Inf-CL's (arXiv 2410.17243) and, for the sigmoid, SigLIP's own chunks (arXiv 2303.15343, 3.3).
 
-Products take fp32 features (TF32 where the process allows that), sums are always fp32. With `products=torch.bfloat16` the operands are rounded to bf16 before each
-product (still summed in fp32): several times faster on tensor cores, logits wrong by about 1e-3 × scale.
+Products take fp32 features (TF32 where the process allows that), sums are always fp32. With `products=torch.bfloat16` the
+operands are rounded to bf16 before each product, still summed in fp32: several times faster on tensor cores, logits wrong by
+about 1e-3 × scale.
 """
 
 import math

@@ -5,7 +5,7 @@ the first K, and the other way round (the protocol of Karpathy and Fei-Fei 2015 
 picture that is found by a caption word for word its own is not a miss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,20 +43,26 @@ def recall(
     if len(owned) != len(images) or not bool(owned.all()):
         raise ValueError(f"owners must name each of the {len(images)} pictures at least once and no other")
     names = torch.arange(len(texts), device=texts.device) if text_ids is None else torch.unique(text_ids, return_inverse=True)[1]
-    right = torch.zeros(len(images), int(names.max()) + 1, dtype=torch.bool, device=images.device)
-    right[owners, names] = True
-    blocks = [slice(start, start + block) for start in range(0, len(images), block)]
+    captions = int(names.max()) + 1
+
+    def searched() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(similarities fp32, bool "right") [block, T], block by block of the pictures."""
+        for start in range(0, len(images), block):
+            rows = images[start : start + block]
+            owned = (owners >= start) & (owners < start + len(rows))
+            right = torch.zeros(len(rows), captions, dtype=torch.bool, device=images.device)
+            right[owners[owned] - start, names[owned]] = True
+            yield rows.float() @ texts.float().T, right[:, names]
+
     best = torch.full((len(texts),), -torch.inf, device=images.device)
-    for rows in blocks:
-        near = images[rows].float() @ texts.float().T
-        best = torch.maximum(best, near.masked_fill(~right[rows][:, names], -torch.inf).amax(0))
+    for near, right in searched():
+        best = torch.maximum(best, near.masked_fill(~right, -torch.inf).amax(0))
     ahead_of_images = torch.zeros(len(texts), dtype=torch.int64, device=images.device)
     ahead_of_texts = []
-    for rows in blocks:
-        near, hits = images[rows].float() @ texts.float().T, right[rows][:, names]
-        own = near.masked_fill(~hits, -torch.inf).amax(1)
-        ahead_of_texts.append(((near >= own[:, None]) & ~hits).sum(1))
-        ahead_of_images += ((near >= best) & ~hits).sum(0)
+    for near, right in searched():
+        own = near.masked_fill(~right, -torch.inf).amax(1)
+        ahead_of_texts.append(((near >= own[:, None]) & ~right).sum(1))
+        ahead_of_images += ((near >= best) & ~right).sum(0)
     places = torch.cat(ahead_of_texts)
     return Recall({k: _share(places < k) for k in at}, {k: _share(ahead_of_images < k) for k in at})
 

@@ -49,7 +49,7 @@ def test_blocks_are_the_matrix(
         found.append([loss.detach(), *(tensor.grad for tensor in given)])
     errors = [float((ours - theirs).norm() / theirs.norm()) for ours, theirs in zip(*found, strict=True)]
     with capsys.disabled():
-        print(f"\n{kind} {products}: relative errors of loss, images, texts, scale, bias: {[f'{e:.1e}' for e in errors]}")
+        print(f"\n{kind} {products}: relative errors of loss, images, texts, scale, bias: {[f'{e:.1e}' for e in errors]}")  # noqa: T201
     assert max(errors) < near
 
 
@@ -75,5 +75,5 @@ def test_65536_pairs_take_less_than_a_gib(
         seconds.append(time.perf_counter() - start)
     peak = (torch.cuda.max_memory_allocated() - before) / GIB
     with capsys.disabled():
-        print(f"\n{kind} {products} 65536 x 512: {peak:.3f} GiB beside the features, {min(seconds):.3f} s forward and backward")
+        print(f"\n{kind} {products} 65536 x 512: {peak:.3f} GiB beside the features, {min(seconds):.3f} s forward and backward")  # noqa: T201
     assert peak < 1
