@@ -56,9 +56,6 @@ class PairIds:
         numbers = torch.arange(pairs, device=device)
         return cls(numbers, numbers)
 
-    def take(self, rows: torch.Tensor) -> "PairIds":
-        return PairIds(self.images[rows], self.texts[rows])
-
     def shared(self, rows: slice, columns: slice) -> torch.Tensor:
         """bool [rows, columns]: the two pairs share a picture or a caption. True where a pair meets itself."""
         images = self.images[rows, None] == self.images[None, columns]

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import normalize
+from transformers import CLIPConfig, CLIPModel
 
 from core.train.device import random_state, set_random_state
 from core.vision.chunked import chunked_info_nce
 from core.vision.contrastive import PairIds, info_nce, scale_of
 from core.vision.gradcache import Features, backward_in_chunks
+from tests.core.vision.conftest import LiveBytes
 
 CPU = torch.device("cpu")
 Pairs = tuple[torch.Tensor, torch.Tensor]
@@ -141,3 +143,50 @@ def test_a_locked_tower_stays_so() -> None:
 def test_no_chunk_is_refused() -> None:
     with pytest.raises(ValueError, match="no chunk"):
         backward_in_chunks([], Towers().encode, torch.add, remember_chance=remember_chance)
+
+
+def test_a_clip_of_transformers_in_chunks_is_its_own_loss_at_once() -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"vocab_size": 50, "max_position_embeddings": 12, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    clip = CLIPModel(
+        CLIPConfig(text_config=shape | text, vision_config=shape | {"image_size": 16, "patch_size": 8}, projection_dim=16)
+    )
+    pixels, ids = torch.randn(10, 3, 16, 16), torch.randint(2, 50, (10, 7))
+    ids[:, -2:] = 1
+    whole = clip(input_ids=ids, pixel_values=pixels, return_loss=True).loss
+    whole.backward()
+    expected = {name: p.grad.clone() for name, p in clip.named_parameters()}
+    clip.zero_grad()
+
+    def encode(pairs: Pairs) -> Features:
+        images = clip.get_image_features(pixel_values=pairs[0]).pooler_output
+        return normalize(images, dim=-1), normalize(clip.get_text_features(input_ids=pairs[1]).pooler_output, dim=-1)
+
+    def loss(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        return chunked_info_nce(images, texts, scale_of(clip.logit_scale), block=4)
+
+    step = backward_in_chunks(chunks_of((pixels, ids), 4), encode, loss, remember_chance=remember_chance)
+    torch.testing.assert_close(step.loss, whole.detach(), rtol=1e-5, atol=1e-6)
+    largest = max(float(grad.abs().max()) for grad in expected.values())
+    for name, parameter in clip.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-5 * largest, msg=name)
+
+
+def test_memory_is_a_chunks_and_the_features() -> None:
+    towers = Towers()
+    for tower in (towers.image, towers.text):
+        tower.insert(2, nn.Linear(24, 2048))
+        tower.insert(3, nn.Linear(2048, 24))
+
+    def loss(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        return chunked_info_nce(images, texts, scale_of(towers.logit_scale), block=64)
+
+    peaks = []
+    for size in (1024, 32):
+        towers.zero_grad()
+        with LiveBytes() as counted:
+            backward_in_chunks(chunks_of(drawn(1024), size), towers.encode, loss, remember_chance=remember_chance)
+        peaks.append(counted.peak)
+    weights = sum(p.numel() * 4 for p in towers.parameters())
+    assert peaks[1] - 2 * weights < (peaks[0] - 2 * weights) / 8
