@@ -18,7 +18,7 @@ _NAMED_ROWS = 10
 
 
 def wordless(captions: Sequence[Sequence[int]], special: Collection[int]) -> list[int]:
-    """Numbers, from 1, of the captions without a token that is not special. An unknown token counts as special."""
+    """Numbers, from 1, of the captions all of whose tokens are in `special`: start, end, padding, and the unknown token."""
     return [number for number, ids in enumerate(captions, start=1) if all(token in special for token in ids)]
 
 
@@ -37,14 +37,13 @@ def collate_captions(captions: Sequence[Sequence[int]], *, prompt_tokens: int, p
     Padding is told by length, so that a padding token that doubles as the end keeps its loss there. Raises BadData naming the
     captions, from 1, that have no word after their prompt.
     """
-    empty = wordless([ids[prompt_tokens:] for ids in captions], special)
-    if empty or not captions:
+    if not captions:
+        raise BadData("there is no caption to train on")
+    if empty := wordless([ids[prompt_tokens:] for ids in captions], special):
         named = ", ".join(map(str, empty[:_NAMED_ROWS])) + (", …" if len(empty) > _NAMED_ROWS else "")
         raise BadData(
-            f"{len(empty)} of {len(captions)} captions have no word, special tokens aside: number {named}. Give each a text, or "
-            "leave its row out"
-            if captions
-            else "no caption to train on"
+            f"{len(empty)} of {len(captions)} captions have no word, special tokens aside: number {named}. "
+            "Give each a text, or leave its row out"
         )
     longest = max(map(len, captions))
     input_ids = np.full((len(captions), longest), pad, np.int64)

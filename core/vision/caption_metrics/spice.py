@@ -44,7 +44,10 @@ def spice(predictions: Sequence[str], references: Sequence[Sequence[str]], java:
         asked, told = Path(scratch, "captions.json"), Path(scratch, "scores.json")
         asked.write_text(json.dumps(rows), encoding="utf-8")
         command = [str(java), "-Xmx8G", "-jar", JAR, str(asked), "-out", str(told), "-silent"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_LONGEST_SECONDS, check=False)
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_LONGEST_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            raise ArtifactError(f"SPICE was stopped after {_LONGEST_SECONDS} seconds without scores") from None
         if done.returncode != 0 or not told.is_file():
             raise ArtifactError(
                 f"SPICE ended with {done.returncode} and no scores: {(done.stderr or done.stdout)[-500:].strip()}"

@@ -23,5 +23,5 @@ def test_captions_of_special_tokens_alone_are_named() -> None:
         collate_captions(captions, prompt_tokens=2, pad=PAD, special=SPECIAL)
     with pytest.raises(BadData, match="number 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …"):
         collate_captions([[BOS, EOS]] * 11, prompt_tokens=1, pad=PAD, special=SPECIAL)
-    with pytest.raises(BadData, match="no caption"):
+    with pytest.raises(BadData, match="no caption to train on"):
         collate_captions([], prompt_tokens=1, pad=PAD, special=SPECIAL)
