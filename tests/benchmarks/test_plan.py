@@ -43,7 +43,7 @@ def test_fitting_finds_the_coefficients_of_made_up_measurements(
     truth = replace(STANDING, fixed_gib=0.4, kept_packed=1.1, kept_plain=0.95, matmul_share=0.5, traffic_packed=12.0)
     rows = []
     for case in plan.FITTING:
-        work = plan.planned_work(case, None)
+        work = plan.work_of_case(case, None)
         values = {
             "peak_allocated_gib": estimate_memory(work, truth).total_gib,
             "step_seconds": step_seconds(work, GPUS["H100"], truth),
