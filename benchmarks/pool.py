@@ -44,6 +44,8 @@ _CONTEXT_GIB = 1.0
 _PROBE_GIB = 2.0
 """What the allocator of a child that stands still holds of the rows that went through every tier."""
 _TICK_SECONDS = 1.0
+_STOP_SECONDS = 30.0
+"""A thread stops when it comes back from the kernel, and a driver may keep it there for a while."""
 
 
 @dataclass(frozen=True)
@@ -180,9 +182,14 @@ class _Running:
         self.child.close()
 
     def stop(self) -> None:
-        """Come back when no thread of it runs, or it is gone."""
+        """Come back when no thread of it runs, or it is gone; one that would disturb the others is ended."""
         os.kill(self.child.process.pid, signal.SIGSTOP)
-        os.waitid(os.P_PID, self.child.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while os.waitid(os.P_PID, self.child.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+            if time.monotonic() > deadline:
+                self.end(f"was told to stop, and did not in {_STOP_SECONDS:.0f} s")
+                return
+            time.sleep(0.01)
 
     def go_on(self) -> None:
         self.heard = time.monotonic()
@@ -219,7 +226,10 @@ def _measure(batch: Sequence[Run], silent_seconds: float, end_at: float) -> Iter
             for running in [*starting]:
                 if running.has_started and not running.is_over:
                     running.stop()
-                    print(f"{running.run.name}: stands after {time.monotonic() - began:.0f} s", flush=True)
+                    print(
+                        f"{running.run.name}: {'ended' if running.is_over else 'stands'} after {time.monotonic() - began:.0f} s",
+                        flush=True,
+                    )
                 if running.has_started or running.is_over:
                     starting.remove(running)
 

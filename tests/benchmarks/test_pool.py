@@ -8,9 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import pool
-from benchmarks.pool import Outcome, Run, in_turn, measure_alone, needed_gib, next_batch
+from benchmarks import plan, pool
+from benchmarks.pool import Outcome, Run, in_turn, measure_alone, needed_gib, next_batch, run_of_work
 from core.events import Ended
+from core.plan.memory import estimate_memory
 from core.states import Reason
 from tests.core.train.runs import random_rows, spec_of, write_cache
 
@@ -69,6 +70,17 @@ def test_what_hangs_or_is_late_is_ended_and_named(tiny: Path, tmp_path: Path, li
     assert left_running() == []
 
 
+def test_a_child_that_does_not_stop_is_ended_before_it_disturbs(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cache(tmp_path / "cache", random_rows(40))
+    monkeypatch.setattr("os.waitid", lambda *_: None)
+    monkeypatch.setattr(pool, "_STOP_SECONDS", 0.0)
+    (outcome,) = measure_alone([run_of("one", tiny, tmp_path)])
+    assert outcome.trouble.startswith("was told to stop, and did not in 0 s; 0 of 6 steps")
+    assert left_running() == []
+
+
 def test_none_is_left_where_the_reader_gives_up(tiny: Path, tmp_path: Path) -> None:
     write_cache(tmp_path / "cache", random_rows(40))
     outcomes = measure_alone([run_of(name, tiny, tmp_path) for name in ("one", "two")], at_once=2)
@@ -91,6 +103,14 @@ def test_a_batch_has_room_for_those_that_stand_beside_the_one_that_trains() -> N
     assert next_batch([large, small, other, third], 56, 2) == [large, small]
     assert next_batch([other, large, third], 40, 4) == [other, third]
     assert next_batch([large, small], 40, 4) == [large], "what fits nowhere is tried alone"
+
+
+@pytest.mark.parametrize("case", [*plan.FITTING, *plan.JUDGED], ids=lambda case: case.name)
+def test_a_planned_child_stands_with_its_weights_and_less_than_its_peak(case: plan.Case) -> None:
+    work = plan.work_of_case(case, None)
+    run = run_of_work(work, name="", model=Path(), cache=Path(), folder=Path(), warm_up=1)
+    planned = estimate_memory(work)
+    assert planned.weights_gib < run.standing_gib <= run.peak_gib == planned.total_gib
 
 
 def test_a_run_short_of_memory_beside_others_is_done_again_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
