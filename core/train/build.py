@@ -55,6 +55,16 @@ _PROBED_EXAMPLES = 4
 _NAMED_TOKENS = 10
 
 
+@dataclass(frozen=True)
+class LaidOut:
+    """A step's examples as micro-batches on the device."""
+
+    step: int
+    layout: Layout
+    examples: list[Example]
+    batches: list[MicroBatch]
+
+
 @dataclass
 class Training:
     """A run in memory, at the step it begins with."""
@@ -78,6 +88,8 @@ class Training:
     warnings: list[Warned]
     has_halved: bool = False
     """The GPU's memory was too small for the layout once; there is no second time."""
+    ahead: LaidOut | None = None
+    """A step that was laid out before its time."""
 
     @property
     def kind(self) -> Loss:
@@ -181,6 +193,12 @@ def _build(run: RunInput, plain_because: str | None = None) -> Training:
     if spec.memory.compile:
         _compile_layers(training)
     return training
+
+
+def lay_out(training: Training, step: int) -> LaidOut:
+    examples, layout = training.rows.step_rows(step), training.layout
+    batches = [layout.collate(part, training.device) for part in layout.split(examples)]
+    return LaidOut(step, layout, examples, batches)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

@@ -64,8 +64,9 @@ class GraphedDecoder:
         """`layer` is one of the decoder's; `recorder` makes what records, anew whenever all graphs are let go."""
         self._decoder, self._layer, self._device = decoder, layer, device
         self._recorder, self._record = recorder, recorder(device)
-        self._parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
-        self._gradients: list[torch.Tensor] = []
+        self._others = {
+            p: torch.zeros_like(p) for p in decoder.parameters() if p.requires_grad and p not in layer.adapters.gradients
+        }
         self._graphs: dict[Size, _Graph] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._anchor = torch.zeros((), device=device, requires_grad=True)  # what autograd sees in the parameters' place
@@ -134,7 +135,8 @@ class GraphedDecoder:
                 stream = layer(stream, position_embeddings=turn, **inputs)
             result = decoder.norm(stream)
         trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-        torch.autograd.grad(result, trained, result.detach(), allow_unused=True)
+        with self._layer.adapters.gradients_aside():
+            torch.autograd.grad(result, trained, result.detach(), allow_unused=True)
 
     def _fill(self, size: Size, input_ids: torch.Tensor, position_ids: torch.Tensor, bounds: torch.Tensor) -> None:
         inputs, count, ends = self._inputs(size), input_ids.shape[1], len(bounds)
@@ -169,15 +171,11 @@ class GraphedDecoder:
         return buffer[:count]
 
     def _lay_gradients(self) -> None:
-        if not self._gradients:
-            self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
-        pairs = list(zip(self._parameters, self._gradients, strict=True))
-        if fresh := [own for parameter, own in pairs if parameter.grad is None]:
-            torch._foreach_zero_(fresh)
-        for parameter, own in pairs:
-            if parameter.grad is not None and parameter.grad is not own:
-                own.copy_(parameter.grad)
-            parameter.grad = own
+        self._layer.adapters.lay_gradients()
+        for parameter, own in self._others.items():
+            if parameter.grad is not own:
+                own.zero_() if parameter.grad is None else own.copy_(parameter.grad)
+                parameter.grad = own
 
     def _dtype(self) -> torch.dtype:
         kind = self._device.type

@@ -61,10 +61,10 @@ class _Half:
     def factors(self) -> tuple[torch.nn.Parameter, ...]:
         return tuple(factor for projection in self._projections for factor in projection.factors())
 
-    def of_factors(self, found: Tensors) -> Tensors:
-        """Gradients of `factors`, from those of `given`."""
-        parts = zip(self._projections, _parts(found)[:2], strict=True)
-        return tuple(gradient for projection, part in parts for gradient in projection.of_factors(part))
+    def leave(self, found: Tensors) -> None:
+        """Lay the gradients of `factors`, from those of `given`, where they are added up from."""
+        for projection, part in zip(self._projections, _parts(found)[:2], strict=True):
+            projection.leave(part)
 
     def part(self) -> None:
         """Give the modules memory of their own again."""

@@ -43,6 +43,7 @@ def install_fused(model: Any, ops: Elementwise = PLAIN, *, offload: bool = False
         where = host if recomputed else None
         layer.forward = FusedLayer(layer, family, ops, adapters, is_first=number == 0, recomputed=recomputed, host=where).forward
         layer.gradient_checkpointing = False
+    adapters.join()
     head = causal_lm.get_output_embeddings()
     if type(head) is torch.nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
         head.nats = FusedHead(head, ops).nats
@@ -68,6 +69,8 @@ def uninstall_graphs(model: Any) -> None:
 def uninstall_fused(model: Any) -> None:
     """Put every layer's own forward back and give its weights memory of their own. Harmless where nothing was installed."""
     uninstall_graphs(model)
+    if (first := fused_layer(_layers(_causal_lm(model))[0])) is not None:
+        first.adapters.part()
     vars(_causal_lm(model).get_output_embeddings()).pop("nats", None)
     for layer in _layers(_causal_lm(model)):
         fused = fused_layer(layer)

@@ -57,9 +57,10 @@ class Projection:
         self._adapted, self._places = self._places_of()
         parts = [part[ADAPTER] for module in self._adapted for part in (module.lora_A, module.lora_B)]
         self._stacked: Stacked | None = None
-        if parts and all(isinstance(part, torch.nn.Linear) for part in parts):
+        ranks = {place.ranks.stop - place.ranks.start for place in self._places}
+        if len(ranks) == 1 and all(isinstance(part, torch.nn.Linear) for part in parts):
             factors = tuple(part.weight for part in parts)
-            self._stacked = adapters.add(Stacked(self._places, factors, sum(self._outputs)))
+            self._stacked = adapters.add(Stacked(tuple(self._places), factors, sum(self._outputs)))
 
     def parameters(self, dtype: torch.dtype) -> Parameters:
         """With a way back to the modules' own for their gradients."""
@@ -152,9 +153,10 @@ class Projection:
         """A and B of all modules where they are stacked for all micro-batches of a step."""
         return () if self._stacked is None else self._stacked.factors
 
-    def of_factors(self, found: Parameters) -> list[torch.Tensor | None]:
-        """Gradients of `factors`, from those of the parameters."""
-        return [] if self._stacked is None else self._stacked.gradients(found.down, found.up)
+    def leave(self, found: Parameters) -> None:
+        """Lay the gradients of stacked A and B where they are added up from."""
+        if self._stacked is not None:
+            torch._foreach_copy_([self._stacked.of_down, self._stacked.of_up], [found.down, found.up])
 
     def _adapters(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """All modules' A one below the other [R, inputs] and their scaled B on a diagonal [outputs, R]; None without any."""
