@@ -96,14 +96,13 @@ class Target:
 
 
 def targets() -> list[Target]:
-    """All that was promised for one H100 (`cpu-135m`: for two cores); `llama2-7b/fp8lora` has no engine yet."""
+    """All that was promised for one H100 (`cpu-135m`: for two cores)."""
     found = []
     for name, case in CASES.items():
         if case.must is not None:
             found.append(Target("train", name, "fused", "tokens_per_second", "tokens/s", case.must, case.aim))
         if case.gib is not None:
             found.append(Target("train", name, "fused", "peak_allocated_gib", "GiB", case.gib))
-    found.append(Target("train", "llama2-7b/fp8lora/all/short", "fused", "tokens_per_second", "tokens/s", 24_000, 27_000))
     found.append(Target("service", "service/llama-1.1b/lora/all/short", "", "share_of_bare", "", SHARE_MUST, SHARE_AIM))
     found.append(Target("service", "ready/llama-1.1b", "", "claimed_to_first_step_seconds", "s", READY_MUST, READY_AIM))
     found += [Target("serve", name, "", metric, "", must, aim) for name, (metric, must, aim) in serve.TARGETS.items()]

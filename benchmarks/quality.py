@@ -1,10 +1,11 @@
 """Do the engine's settings learn the same? `python -m benchmarks.quality --model FOLDER --data FILE --cases plain-s0,packed-s0`
 
 Trains the same rows in the same order by the training child alone, without the service, and compares the loss on the same
-held-out rows. A case is `<setting>-s<seed>`: `plain` pads every row of a step, `packed` lays the rows end to end; `default` and
-`guide-qlora` are strop's own choice and the guide's. The seed decides the held-out rows, their order and the adapter's first
-weights. Each case leaves its rows and its whole curve before the next one begins; where `plain` and `packed` of a seed stand
-in the same folder, from this call or an earlier one, their distance is a row too.
+held-out rows. A case is `<setting>-s<seed>`: `plain` pads every row of a step, `packed` lays the rows end to end; `fused` and
+`fp8` are packed rows in fused layers, with weights as they are and in 8-bit floats; `default` and `guide-qlora` are strop's own
+choice and the guide's. The seed decides the held-out rows, their order and the adapter's first weights. Each case leaves its
+rows and its whole curve before the next one begins; where `plain` and `packed` of a seed, or `fused` and `fp8`, stand in the
+same folder, from this call or an earlier one, their distance is a row too.
 """
 
 import argparse
@@ -41,12 +42,19 @@ _TIER: dict[str, Any] = {
     "optim": {"learning_rate": 5e-4},
     "schedule": {"warmup_steps": 10},
 }
+_FUSED = _TIER | {"batch": {"micro_batch_size": 3, "packing": "on"}, "memory": {"fused_layers": True}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": _TIER | {"batch": {"micro_batch_size": 3, "packing": "off"}},
     "packed": _TIER | {"batch": {"micro_batch_size": 3, "packing": "on"}},
+    "fused": _FUSED,
+    "fp8": _FUSED | {"quantization": {"kind": "fp8"}},
     "default": {},
     "guide-qlora": {"preset": "guide-qlora"},
 }
+
+_TIERS = {"plain": "plain", "packed": "packed", "fused": "fused", "fp8": "fused"}
+_GAPS = {("plain", "packed"): GAP_AT_MOST, ("fused", "fp8"): None}
+"""Settings of which the second should learn what the first does -> how far apart their ends may be, where that is promised."""
 
 
 @dataclass(frozen=True)
@@ -236,16 +244,17 @@ def keep(results: Results, case: str, material: Material, learned: Learned) -> N
 
 
 def _keep_gap(results: Results, seed: int) -> None:
-    plain, packed = (results.curve_path(f"{setting}-s{seed}") for setting in ("plain", "packed"))
-    if plain.exists() and packed.exists():
-        ends = [json.loads(path.read_text())["eval_loss"][-1] for path in (plain, packed)]
-        gap = abs(ends[0] - ends[1])
-        results.add(f"plain-packed-s{seed}", "eval_loss_gap", gap, "nats", better="lower", must=GAP_AT_MOST, n=EVAL_ROWS)
+    for (one, other), must in _GAPS.items():
+        paths = [results.curve_path(f"{setting}-s{seed}") for setting in (one, other)]
+        if all(path.exists() for path in paths):
+            ends = [json.loads(path.read_text())["eval_loss"][-1] for path in paths]
+            gap = abs(ends[0] - ends[1])
+            results.add(f"{one}-{other}-s{seed}", "eval_loss_gap", gap, "nats", better="lower", must=must, n=EVAL_ROWS)
 
 
 def _assert_tier(setting: str, learned: Learned) -> None:
     tier = learned.started.tier
-    if setting in ("plain", "packed") and tier != setting:
+    if tier != _TIERS.get(setting, tier):
         sys.exit(f"a {setting} case ran on the {tier} tier, and its numbers are not kept: {learned.started.tier_reason}")
 
 

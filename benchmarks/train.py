@@ -39,6 +39,7 @@ REPEATED = 12
 WARM_UP = 5
 TIMED = 30
 _PLAIN_ROWS = 9
+_QUANTIZATION = {"qlora": "nf4", "fp8lora": "fp8"}
 _LONGEST = {"short": 512, "long": 4096}
 
 
@@ -65,6 +66,7 @@ CASES = {
     "llama2-7b/qlora/all/short-8docs": Case(8, 11_000, 14_000),
     "llama-1.1b/lora/all/long": Case(8, 66_000, 80_000),
     "llama2-7b/qlora/all/long": Case(4, 14_000, 16_000),
+    "llama2-7b/fp8lora/all/short": Case(63, 24_000, 27_000),
 }
 TIERS: tuple[Tier, ...] = ("plain", "packed", "fused")
 
@@ -198,7 +200,7 @@ def spec_of(name: str, tier: Tier, steps: int) -> JobSpec:
             "base_model": "bench/model",
             "data": {"datasets": [{"dataset_id": "ds_00000000"}], "max_length": min(_LONGEST[length], _context(name))},
             "tuning": {"kind": "full"} if method == "full" else {"kind": "lora", "rank": 16, "alpha": 32.0, "dropout": 0.0},
-            "quantization": {"kind": "nf4" if method == "qlora" else "none"},
+            "quantization": {"kind": _QUANTIZATION.get(method, "none")},
             "optim": {"learning_rate": 2e-5 if method == "full" else 1e-3},
             "batch": {
                 "micro_batch_size": by,

@@ -9,8 +9,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-Quantization = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double", "int8"]
-"""How frozen linear weights are held: as they are, in 4-bit blocks (with `double`, their scales in 8 bit), or in 8 bit."""
+Quantization = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8"]
+"""How frozen linear weights are held: as they are, in 4-bit blocks (with `double`, their scales in 8 bit), or in 8 bit.
+
+`fp8` also says how they are multiplied: what a layer reads is rounded too."""
 
 ADAPTER_KIND = "adapter"
 """`kind` in the manifest of an adapter folder."""

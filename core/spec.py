@@ -165,7 +165,20 @@ class Int8Quantization(Frozen):
     kind: Literal["int8"] = "int8"
 
 
-Quantization = Annotated[NoQuantization | Nf4Quantization | Fp4Quantization | Int8Quantization, Field(discriminator="kind")]
+class Fp8Quantization(Frozen):
+    """Experimental. 8-bit floats (e4m3, arXiv 2209.05433) of frozen weights, a scale for each output, and of all that they are
+    multiplied with, forward and backward, a scale for each token. For speed: on a GPU of compute capability 8.9 or higher; a CPU
+    computes the same in fp32."""
+
+    kind: Literal["fp8"] = "fp8"
+
+
+Quantization = Annotated[
+    NoQuantization | Nf4Quantization | Fp4Quantization | Int8Quantization | Fp8Quantization, Field(discriminator="kind")
+]
+
+
+_EIGHT_BITS = (Int8Quantization, Fp8Quantization)
 
 
 class DatasetRef(Frozen):
@@ -384,8 +397,9 @@ class JobSpec(Frozen):
             reasons.append("train_embeddings with a quantized base is not offered: use quantization none")
         if self.data.new_tokens and quantized:
             reasons.append("data.new_tokens makes a whole model, which a quantized base can't be part of: use quantization none")
-        if isinstance(self.tuning, LoraTuning) and self.tuning.dora and isinstance(self.quantization, Int8Quantization):
-            reasons.append("dora reads its base's weights in every step, which int8 ones do not allow: use nf4 or fp4")
+        if isinstance(self.tuning, LoraTuning) and self.tuning.dora and isinstance(self.quantization, _EIGHT_BITS):
+            kind = self.quantization.kind
+            reasons.append(f"dora reads its base's weights in every step, which {kind} ones do not allow: use nf4 or fp4")
         if quantized and self.memory.compile:
             reasons.append("compile with a quantized base is not offered: it may keep every dequantized weight in memory")
         if self.memory.fused_layers:
@@ -414,7 +428,7 @@ class JobSpec(Frozen):
         if isinstance(self.tuning, LoraTuning) and self.tuning.dropout > 0:
             yield f"have no dropout: set tuning.dropout 0, not {self.tuning.dropout:g}"
         if isinstance(self.quantization, Int8Quantization):
-            yield "have no int8 weights: use nf4, fp4 or none"
+            yield "have no int8 weights: use nf4, fp4, fp8 or none"
         if DATA_KINDS[self.objective.kind] == "preference":
             yield f"serve sft and plain_text, not {self.objective.kind}"
         if self.batch.packing == "off":

@@ -41,7 +41,7 @@ _HALF = Allowed(logits=2e-2, is_absolute=False, module=5e-2, sample=0.25, distan
 
 def allowed(trained_on: BaseIdentity, trained_at: str, device: str) -> Allowed:
     """For an adapter of a base, measured on a device of one type and served on one of another."""
-    if trained_on.compute_dtype != "fp32" or trained_on.quantization == "int8":
+    if trained_on.compute_dtype != "fp32" or trained_on.quantization in ("int8", "fp8"):
         return _HALF
     return _EXACT if trained_at == device == "cpu" else _SINGLE
 

@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     bases: Annotated[tuple[str, ...], NoDecode] = _env(
         "STROP_BASES",
         (),
-        "Bases an endpoint serves, comma separated: name[:nf4|:nf4-double|:fp4|:fp4-double|:int8][:bf16|:fp16|:fp32].",
+        "Bases an endpoint serves, comma separated: name[:nf4|:nf4-double|:fp4|:fp4-double|:int8|:fp8][:bf16|:fp16|:fp32].",
     )
     serving_gpu_gib: float | None = _env(
         "STROP_SERVING_GPU_GIB", None, "GPU memory the endpoint may take; default 0.9 of the card."

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from core.adapter import BaseIdentity, Quantization
 from core.catalog import attention_kind
 from core.errors import BadSpec
+from core.models.fp8 import Linear8bit, check_8bit, to_8bit
 from core.models.remote_code import check_remote_code, load_remote_code
 from core.spec import Fp4Quantization, Nf4Quantization
 from core.spec import Quantization as WantedQuantization
@@ -52,10 +53,10 @@ def load_base(
     """Load a model folder with every parameter frozen, in eval mode.
 
     `name` and `weights` are what the registry holds; they go into the identity unchecked. With `quantization` the linear
-    layers but the head are 4-bit (QLoRA, arXiv 2305.14314) or 8-bit (LLM.int8(), 2208.07339) and all else keeps the compute
+    layers but the head are 4-bit (QLoRA, arXiv 2305.14314) or 8-bit (LLM.int8(), 2208.07339; fp8) and all else keeps the compute
     dtype: nothing is raised to fp32, which would double the memory of embeddings and head. `allow_remote_code` is the word of
     the model's registration, never of a spec. Raises BadSpec for a precision that the device lacks and for a model whose own
-    code doesn't do what is needed of it.
+    code doesn't do what is needed of it, and for fp8 on a GPU without it.
     """
     _silence_libraries()
     compute = resolve_precision(precision, device)
@@ -67,7 +68,10 @@ def load_base(
         "use_safetensors": True,
         "local_files_only": True,
     }
-    if quantization != "none":
+    if quantization == "fp8":
+        check_8bit(device, dtype)
+        options["device_map"] = {"": torch.device("cpu")}
+    elif quantization != "none":
         options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     if allow_remote_code:
         model = load_remote_code(model_folder, options)
@@ -75,6 +79,8 @@ def load_base(
         config = json.loads((model_folder / "config.json").read_text())
         attention = attention_kind((config.get("architectures") or ["unknown"])[0], config)
         model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation=attention, **options)
+    if quantization == "fp8":
+        to_8bit(model, device)
     _keep_cpu_gradients(model)
     model.requires_grad_(False)
     model.eval()
@@ -102,6 +108,8 @@ def dequantized_weight(linear: torch.nn.Linear) -> torch.Tensor:
         # The scale of each row moves from the weight to the layer's state in the first forward pass.
         scales = linear.weight.SCB if linear.weight.SCB is not None else linear.state.SCB
         return linear.weight.data.to(torch.float32) * (scales.to(torch.float32)[:, None] * (1.0 / 127.0))
+    if isinstance(linear, Linear8bit):
+        return linear.matrix().dequantized()
     return linear.weight.detach().to(torch.float32, copy=True)
 
 

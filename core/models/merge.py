@@ -3,8 +3,9 @@
     python -m core.models.merge BASE ADAPTER OUT [--dequantize] [--precision bf16|fp16|fp32]
 
 What is folded into are the weights that the adapter was trained on. Those of a quantised base are its quantised ones, which
-are not the originals: the result is then a full-size model with the quantised model's numbers, and is only made when asked
-for. Folded into the originals the adapter would be another model than the one that was trained and evaluated.
+are not the originals: the result is then a full-size model with the quantised model's numbers (fp8's without the rounding of
+what meets its weights), and is only made when asked for. Folded into the originals the adapter would be another model than the
+one that was trained and evaluated.
 """
 
 import argparse

@@ -24,6 +24,8 @@ class Coefficients:
 
     matmul_share: float = 0.66
     """Of the datasheet's dense 16-bit FLOP/s, in large matrix products."""
+    fp8_speed: float = 1.5
+    """Rate of a layer's 8-bit products over that of its 16-bit ones, the rounding of what is multiplied included."""
     bandwidth_share: float = 0.80
     """Of the datasheet's bytes/s."""
     traffic_plain: float = 20.0

@@ -13,7 +13,16 @@ from core.plan.coefficients import STANDING, Coefficients
 from core.plan.shape import READERS, targets_of
 from core.plan.work import Work
 from core.records import MemoryEstimate
-from core.spec import Fp4Quantization, FullTuning, Int8Quantization, LoraTuning, MoraTuning, Nf4Quantization, Quantization
+from core.spec import (
+    Fp4Quantization,
+    Fp8Quantization,
+    FullTuning,
+    Int8Quantization,
+    LoraTuning,
+    MoraTuning,
+    Nf4Quantization,
+    Quantization,
+)
 from core.tuning import adapter_parameters, mora_size
 
 GIB = 1 << 30
@@ -86,7 +95,8 @@ def packed_bytes(quantization: Quantization) -> float | None:
     """Bytes per quantised weight; None where nothing is."""
     if isinstance(quantization, Nf4Quantization | Fp4Quantization):
         return _4BIT_BYTES[quantization.double_quantization]
-    return 1.0 if isinstance(quantization, Int8Quantization) else None  # a scale per output is next to nothing
+    is_eight = isinstance(quantization, Int8Quantization | Fp8Quantization)
+    return 1.0 if is_eight else None  # a scale per output is next to nothing
 
 
 def _step(work: Work, coefficients: Coefficients) -> MemoryEstimate:
@@ -126,7 +136,7 @@ def _probe(work: Work, coefficients: Coefficients) -> MemoryEstimate:
     layer = coefficients.kept_plain * kept_per_token(work, "plain")
     recomputed = work.recomputed_layers
     kept = work.probed_tokens * (layer * (work.shape.layers - recomputed) + stream_bytes(work) * recomputed + _ends(work))
-    passing = coefficients.passing * work.probed_tokens * _passing(work) + _scratch(work)
+    passing = coefficients.passing * work.probed_tokens * _passing(work) + max(_scratch(work), _scratch_of_probe(work))
     passing += work.probed_tokens * layer if recomputed else 0.0
     trained = work.held_trained / work.held_tokens
     logits = min(work.probed_tokens * trained * work.shape.vocabulary, LOGITS_AT_ONCE) * _LOGIT_BYTES
@@ -205,7 +215,15 @@ def _ends(work: Work) -> float:
 
 def _passing(work: Work) -> float:
     """Bytes of a token while a layer's backward pass goes through its gate, the widest place: two gradients of that width."""
-    return 2.0 * work.compute_bytes * work.shape.intermediate
+    return (2.0 * work.compute_bytes + _rounding(work)) * work.shape.intermediate
+
+
+def _rounding(work: Work) -> float:
+    """Bytes for each number of the widest thing that fp8 rounds: its codes, gate's and up's at once with fused layers, and two
+    fp32 copies as well where nothing is compiled."""
+    if not _is_fp8(work):
+        return 0.0
+    return 2.0 if work.tier == "fused" else 9.0
 
 
 def _has_fused_head(work: Work) -> bool:
@@ -223,8 +241,10 @@ def _made_again(work: Work) -> float:
     streams = (4 if is_offloaded else 3) * stream
     chunk = work.held_tokens if work.is_full else min(work.held_tokens, _CHUNK)
     matrices = 3 * size * shape.largest if packed_bytes(work.spec.quantization) is not None or work.is_full else 0
+    if _is_fp8(work):
+        matrices = 3 * shape.largest
     waiting = 0 if is_offloaded else size * (heads + shape.queries) + 4 * shape.heads
-    mlp = work.held_tokens * (streams + waiting) + chunk * 3 * size * shape.intermediate + matrices
+    mlp = work.held_tokens * (streams + waiting) + chunk * (3 * size + _rounding(work)) * shape.intermediate + matrices
     # Queries, keys, values and their gradients, the result and its; a flash attention sums the queries' in fp32 and gives each
     # row up to 128 tokens more.
     summed = 4 * shape.queries * (1 + 128 / max(work.attended, 1))
@@ -233,14 +253,24 @@ def _made_again(work: Work) -> float:
 
 
 def _scratch(work: Work) -> float:
-    """Bytes for one matrix at a time: dequantised to be multiplied with, or its gradient before it is fp32 and added."""
+    """Bytes for one matrix at a time: dequantised to be multiplied with, or its gradient before it is fp32 and added; of fp8 the
+    codes turned over."""
     if work.is_full:
         return (work.compute_bytes + 4) * max(work.shape.largest, work.shape.head_weights)
     quantised = packed_bytes(work.spec.quantization) is not None
     if not quantised:
         return 0.0
     joined = 2 if work.tier == "fused" and "gate_proj" in work.shape.linear else 1  # gate and up are one matrix there
-    return float(joined * work.compute_bytes * work.shape.largest)
+    return float(joined * (1 if _is_fp8(work) else work.compute_bytes) * work.shape.largest)
+
+
+def _scratch_of_probe(work: Work) -> float:
+    """Tiers are compared with fp8 weights dequantised: one at a time, in fp32 and then in the compute precision."""
+    return (4.0 + work.compute_bytes) * work.shape.largest if _is_fp8(work) else 0.0
+
+
+def _is_fp8(work: Work) -> bool:
+    return isinstance(work.spec.quantization, Fp8Quantization)
 
 
 def _copies(work: Work, tier: Tier) -> float:

@@ -8,6 +8,7 @@ optimizer), and the host, which has to launch every kernel of every micro-batch.
 from core.plan.coefficients import STANDING, Coefficients, Gpu
 from core.plan.memory import LOGITS_AT_ONCE, kept_per_token, packed_bytes
 from core.plan.work import Work
+from core.spec import Fp8Quantization
 
 _OPTIMIZER_MOVES = 36
 """Bytes moved per trained parameter: gradient cleared and added to, its norm, and AdamW over weight, gradient and two states."""
@@ -15,7 +16,10 @@ _OPTIMIZER_MOVES = 36
 
 def step_seconds(work: Work, gpu: Gpu, coefficients: Coefficients = STANDING) -> float:
     """Of a step of average rows, as the engine's own clock counts them: from its rows to its weights."""
-    multiplying = step_flops(work) / (coefficients.matmul_share * gpu.flops)
+    flops = step_flops(work)
+    if isinstance(work.spec.quantization, Fp8Quantization):
+        flops -= _layer_flops(work) * (1 - 1 / coefficients.fp8_speed)
+    multiplying = flops / (coefficients.matmul_share * gpu.flops)
     moving = _moved_bytes(work, coefficients) / (coefficients.bandwidth_share * gpu.bandwidth)
     return max(multiplying + moving, _host_seconds(work, coefficients)) + coefficients.step_seconds
 
@@ -28,12 +32,18 @@ def step_flops(work: Work) -> float:
     """
     shape, again = work.shape, _again(work)
     matrix = 2 + (4 if work.is_full else 2)
-    layers = work.computed_tokens * shape.layers * shape.layer_weights * (matrix + 2 * again)
     adapters = 0.0 if work.is_full else 6.0 * work.computed_tokens * work.trainable
     attention = work.computed_tokens * work.attended * shape.queries * shape.layers * (6 + 2 * again)
     in_chunks = work.held_trained * shape.vocabulary > LOGITS_AT_ONCE  # chunks are made again in the backward pass
     head = work.trained_tokens * shape.head_weights * (matrix + (2 if in_chunks else 0))
-    return layers + adapters + attention + head
+    return _layer_flops(work) + adapters + attention + head
+
+
+def _layer_flops(work: Work) -> float:
+    """Of those, the layers' own matrices."""
+    shape = work.shape
+    matrix = 2 + (4 if work.is_full else 2)
+    return work.computed_tokens * shape.layers * shape.layer_weights * (matrix + 2 * _again(work))
 
 
 def _moved_bytes(work: Work, coefficients: Coefficients) -> float:
@@ -44,7 +54,9 @@ def _moved_bytes(work: Work, coefficients: Coefficients) -> float:
     moved = work.computed_tokens * a_token * (1 + again / 3)
     weights = shape.layers * shape.layer_weights
     packed = packed_bytes(work.spec.quantization)
-    if packed is not None:
+    if isinstance(work.spec.quantization, Fp8Quantization):
+        moved += work.micro_batches * weights * 2  # turned over on the way back: read and written
+    elif packed is not None:
         moved += work.micro_batches * (2 + again) * weights * (packed + size)
     if work.is_full:
         moved += work.micro_batches * weights * (4 + size)  # autocast's copies

@@ -25,6 +25,7 @@ from core.eval.layout import Layout, Padded
 from core.eval.rows import Example, MicroBatch
 from core.events import Warned
 from core.models.adapt import attach_adapter
+from core.models.fp8 import rows_unrounded
 from core.models.load import load_base, pick_device, quantization_name, resolve_precision
 from core.models.vocabulary import extend_vocabulary, install_rows
 from core.run import RunInput
@@ -32,7 +33,14 @@ from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec, 
 from core.train.batches import TrainingRows, WeightedRows
 from core.train.device import make_accelerator, out_of_memory_named, seed_everything
 from core.train.fused.elementwise import PLAIN, Elementwise
-from core.train.fused.install import install_fused, install_graphs, uninstall_fused, uninstall_graphs, weights_changed
+from core.train.fused.install import (
+    forget_graphs,
+    install_fused,
+    install_graphs,
+    uninstall_fused,
+    uninstall_graphs,
+    weights_changed,
+)
 from core.train.losses import LOSSES, ExampleLosses, Loss, sequence_nats
 from core.train.optim import build_optimizer
 from core.train.selection import Selection
@@ -41,6 +49,7 @@ from core.train.tier import (
     PackingMismatch,
     Probe,
     assert_agreement,
+    assert_rounding_is_bearable,
     choose_tier,
     enter_packed,
     layout_of,
@@ -271,7 +280,7 @@ def _enter_packed(training: Training, spec: JobSpec) -> None:
         with training.adapters_uncast():
             return measure(training.model, examples, layout, loss=training.loss, device=training.device, compute=training.compute)
 
-    with restored_on_failure(training.model):
+    with restored_on_failure(training.model), rows_unrounded(training.model):
         one_by_one = Padded(1)  # the plain tier keeps more of a token than any other, and must not decide the run's peak
         plain = measured(one_by_one)
         with rounded_otherwise(training.model, training.device, training.base.compute_dtype):
@@ -282,6 +291,10 @@ def _enter_packed(training: Training, spec: JobSpec) -> None:
     training.choice = Choice("packed", f"{done}; on the first rows {said}")
     if spec.memory.fused_layers:
         _enter_fused(training, spec, lambda: measured(layout_of(spec, "fused")), plain, again)
+    if training.base.quantization == "fp8":
+        forget_graphs(training.model)
+        rounding = assert_rounding_is_bearable(plain, measured(layout_of(spec, training.choice.tier)))
+        training.choice = Choice(training.choice.tier, f"{training.choice.reason}; {rounding}")
 
 
 def _enter_fused(training: Training, spec: JobSpec, measured: Callable[[], Probe], plain: Probe, again: Probe) -> None:
@@ -295,7 +308,8 @@ def _enter_fused(training: Training, spec: JobSpec, measured: Callable[[], Probe
     if training.device.type == "cuda":
         torch.cuda.empty_cache()  # what was joined lay in pieces too small for what comes
     try:
-        probe, how = _measured_as_graphs(training, measured) if training.device.type == "cuda" else (measured(), "")
+        with rows_unrounded(training.model):
+            probe, how = _measured_as_graphs(training, measured) if training.device.type == "cuda" else (measured(), "")
         said = assert_agreement(plain, again, probe, "fused", training.base.compute_dtype)
     except PackingMismatch as mismatch:
         uninstall_fused(training.model)

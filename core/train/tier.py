@@ -195,6 +195,18 @@ def assert_agreement(plain: Probe, again: Probe, other: Probe, tier: Tier, compu
     return said
 
 
+def assert_rounding_is_bearable(exact: Probe, rounded: Probe) -> str:
+    """What rounding all that fp8 weights are multiplied with does, as a sentence.
+
+    Raises BadSpec where the gradient is further away than no gradient at all would be.
+    """
+    loss, gradient = _apart(exact, rounded)
+    said = f"8-bit rows move the loss by {loss:.1e} and the gradients by {gradient:.1e}"
+    if not gradient < 1:
+        raise BadSpec(f"quantization.kind: fp8 is too coarse for this model: {said} of themselves; use nf4 or none")
+    return said
+
+
 def _apart(one: Probe, other: Probe) -> tuple[float, float]:
     """(loss, gradient), each relative to the first probe's; parameters with a gradient in both."""
     norm = sum(float(g.pow(2).sum()) for g in one.gradients.values()) ** 0.5

@@ -36,7 +36,8 @@ def test_every_case_is_a_job_of_its_rows(name: str, tier: train.Tier) -> None:
     spec = spec_of(name, tier, 40)
     assert spec.batch.step_rows == CASES[name].rows
     assert spec.memory.fused_layers == (tier == "fused")
-    assert (spec.quantization.kind == "nf4") == ("qlora" in name)
+    kinds = {"lora": "none", "full": "none", "qlora": "nf4", "fp8lora": "fp8"}
+    assert spec.quantization.kind == kinds[name.split("/")[1]]
     assert spec.memory.checkpointing == name.endswith("ckpt")
 
 

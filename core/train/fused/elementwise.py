@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
+from core.models.fp8 import rows_in_8_bits, scaled_in_8_bits, turned_over
+
 
 def normed(x: torch.Tensor, scale: torch.Tensor, epsilon: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm (arXiv 1910.07467) over the last dimension: (scaled in `dtype`, fp32 1 / root mean square [.., 1])."""
@@ -115,6 +117,9 @@ class Elementwise:
     turn_in_place: Callable[..., Any] = turn_in_place
     turned_back: Callable[..., Any] = turned_back
     nats_in_place: Callable[..., Any] = nats_in_place
+    rows_in_8_bits: Callable[..., Any] = rows_in_8_bits
+    scaled_in_8_bits: Callable[..., Any] = scaled_in_8_bits
+    turned_over: Callable[..., Any] = turned_over
 
 
 PLAIN = Elementwise()
@@ -124,6 +129,24 @@ def compiled(**options: Any) -> Elementwise:
     """Each as one kernel of torch.compile, which takes `options`.
 
     Small graphs without a gradient: the same for every layer, nothing for a compiler to keep between forward and backward,
-    no matrix and so no weight in sight (trap: a dequantised weight that is shared by both passes).
+    no matrix and so no weight in sight (trap: a dequantised weight that is shared by both passes), but for codes that are turned
+    over, which no graph holds.
     """
-    return Elementwise(**{field.name: torch.compile(getattr(PLAIN, field.name), **options) for field in fields(Elementwise)})
+    made = {field.name: torch.compile(getattr(PLAIN, field.name), **options) for field in fields(Elementwise)}
+    for name in ("rows_in_8_bits", "scaled_in_8_bits"):
+        made[name] = _of_its_width(made[name], any_rows=True)
+    made["turned_over"] = _of_its_width(made["turned_over"], any_rows=False)
+    return Elementwise(**made)
+
+
+def _of_its_width(function: Callable[..., Any], *, any_rows: bool) -> Callable[..., Any]:
+    """Of a compiled function of matrices of several widths, one kernel for each: one for any width could not tell where sixteen
+    bytes begin that may be read at once, and reads numbers one by one."""
+
+    def marked(x: torch.Tensor, *others: torch.Tensor) -> Any:
+        x = x.detach()  # the marks are for this call
+        torch._dynamo.mark_static(x, 1)
+        (torch._dynamo.maybe_mark_dynamic if any_rows else torch._dynamo.mark_static)(x, 0)
+        return function(x, *others)
+
+    return marked

@@ -85,8 +85,8 @@ class AttentionHalf(_Half):
         epsilon = self._norms[0].variance_epsilon if self._norms else None
         heads = Heads(*self._counts, self._module.head_dim, paired=family.paired, epsilon=epsilon, ops=ops)
         groups = projections_of(layer, family)
-        self._heads = Projection(groups[0], Norm(layer.input_layernorm, ops), heads, adapters)
-        self._output = Projection(groups[1], Straight(), Whole(), adapters)
+        self._heads = Projection(groups[0], Norm(layer.input_layernorm, ops), heads, adapters, ops)
+        self._output = Projection(groups[1], Straight(), Whole(), adapters, ops)
         super().__init__(self._heads, self._output)
         self._last = Norm(layer.post_self_attn_layernorm, ops) if family.norms_after else None
         self.adapted = _first_adapted(groups[0] + groups[1])
@@ -188,8 +188,8 @@ class MlpHalf(_Half):
 
     def __init__(self, layer: Any, family: Family, ops: Elementwise, adapters: Adapters) -> None:
         groups = projections_of(layer, family)
-        self._gate_up = Projection(groups[2], Norm(layer.post_attention_layernorm, ops), Whole(), adapters)
-        self._down = Projection(groups[3], Gate(ops), Whole(), adapters)
+        self._gate_up = Projection(groups[2], Norm(layer.post_attention_layernorm, ops), Whole(), adapters, ops)
+        self._down = Projection(groups[3], Gate(ops), Whole(), adapters, ops)
         super().__init__(self._gate_up, self._down)
         self._last = Norm(layer.post_mlp_layernorm, ops) if family.norms_after else None
         self.adapted = _first_adapted(groups[2] + groups[3])

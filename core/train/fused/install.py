@@ -66,6 +66,14 @@ def uninstall_graphs(model: Any) -> None:
     vars(_causal_lm(model).get_decoder()).pop("forward", None)
 
 
+def forget_graphs(model: Any) -> None:
+    """To be said when layers are to compute something else than what was recorded. Harmless where nothing was installed."""
+    forward = vars(_causal_lm(model).get_decoder()).get("forward")
+    graphed = getattr(forward, "__self__", None)
+    if isinstance(graphed, GraphedDecoder):
+        graphed.drop()
+
+
 def uninstall_fused(model: Any) -> None:
     """Put every layer's own forward back and give its weights memory of their own. Harmless where nothing was installed."""
     uninstall_graphs(model)

@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 
 from core.models import start
 from core.train.fused.adapters import Adapters, Place, Stacked
+from core.train.fused.elementwise import Elementwise
 from core.train.fused.ends import After, Before
 from core.train.fused.weights import Dense, Weight, join_weights, part_weights, plain_layer, why_not_one
 
@@ -49,9 +50,11 @@ class Projection:
     that autograd doesn't see (`layer.py` is what it sees). Raises ValueError for modules that can't be one matrix.
     """
 
-    def __init__(self, modules: Sequence[torch.nn.Module], before: Before, after: After, adapters: Adapters) -> None:
+    def __init__(
+        self, modules: Sequence[torch.nn.Module], before: Before, after: After, adapters: Adapters, ops: Elementwise
+    ) -> None:
         self._modules = tuple(modules)
-        self._weight, self._bias = join_weights(modules)
+        self._weight, self._bias = join_weights(modules, ops)
         self._before, self._after = before, after
         self._outputs = [plain_layer(module).out_features for module in modules]
         self._adapted, self._places = self._places_of()
@@ -86,16 +89,13 @@ class Projection:
     ) -> tuple[tuple[torch.Tensor, ...], Kept]:
         """after((z W^T + b) + (z A^T) B^T + `plus`) with z = before(x), x [N, inputs]. `turn` goes to `after`."""
         z, kept_before = self._before.forward(x, given.scale, dtype)
-        weight, reduced = weight or self._weight, None
+        reduced = thin = None
         if given.bias is not None:
             plus = given.bias.to(dtype) if plus is None else plus + given.bias.to(dtype)
-        if given.down is None or given.up is None:
-            y = weight.multiply(z, plus)
-        else:
-            # The thin product first, which only moves bytes; the large one adds to it, and has time to read it as it computes.
+        if given.down is not None and given.up is not None:
             reduced = z @ given.down.t()
-            y = reduced @ given.up.t() if plus is None else torch.addmm(plus, reduced, given.up.t())
-            weight.multiply_onto(y, z)
+            thin = (reduced, given.up.t())
+        y = (weight or self._weight).multiply(z, plus, thin)
         del z
         results, kept_after = self._after.forward(y, *turn)
         return results, Kept(kept_before, reduced, kept_after)
@@ -121,7 +121,8 @@ class Projection:
         if given.up is not None:
             of_reduced = dy @ given.up
         if wants_x or wanted[0]:
-            dz = self._multiplied_back(weight or self._weight, dy, of_reduced, given.down)
+            thin = None if of_reduced is None or given.down is None else (of_reduced, given.down)
+            dz = (weight or self._weight).multiply_back(dy, thin)
             if wanted[0]:
                 of_scale = self._before.backward_scale(dz, x, given.scale, kept.before)
             if wants_x:
@@ -136,14 +137,6 @@ class Projection:
             if given.weight is not None and wanted[1]:
                 of_weight = (dy.t() @ z).to(given.weight.dtype)
         return of_x, Parameters(of_scale, of_weight, of_bias, of_down, of_up), of_turn
-
-    @staticmethod
-    def _multiplied_back(weight: Weight, dy: torch.Tensor, of_reduced: Any, down: Any) -> torch.Tensor:
-        if of_reduced is None:
-            return weight.multiply_back(dy)
-        dz: torch.Tensor = of_reduced @ down
-        weight.multiply_back_onto(dz, dy)
-        return dz
 
     def part(self) -> None:
         """Give the modules memory of their own again. The projection is of no use after that."""

@@ -11,26 +11,23 @@ from typing import Any, Protocol
 import torch
 from peft.tuners.lora import LoraLayer
 
+from core.models.fp8 import Matrix8bit, is_8bit, join_8bit, part_8bit
 from core.models.nf4 import Joined4bit, is_4bit, join_4bit, part_4bit, why_not_joined
+from core.train.fused.elementwise import Elementwise
+
+Thin = tuple[torch.Tensor, torch.Tensor]
+"""An adapter's second product, [N, R] and [R, outputs], that is added to the large one."""
 
 
 class Weight(Protocol):
     """A joined matrix W [outputs, inputs], whatever it is kept as."""
 
-    def multiply(self, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
-        """x [N, inputs] -> x W^T + `plus`, [outputs] or [N, outputs], in the dtype of both."""
+    def multiply(self, x: torch.Tensor, plus: torch.Tensor | None, thin: Thin | None = None) -> torch.Tensor:
+        """x [N, inputs] -> x W^T + `plus`, [outputs] or [N, outputs], + `thin`, in the dtype of all of them."""
         ...
 
-    def multiply_onto(self, result: torch.Tensor, x: torch.Tensor) -> None:
-        """`result` [N, outputs] += x W^T."""
-        ...
-
-    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Gradient [N, outputs] -> gradient W [N, inputs]."""
-        ...
-
-    def multiply_back_onto(self, result: torch.Tensor, gradient: torch.Tensor) -> None:
-        """`result` [N, inputs] += gradient W."""
+    def multiply_back(self, gradient: torch.Tensor, thin: Thin | None = None) -> torch.Tensor:
+        """Gradient [N, outputs] -> gradient W [N, inputs] + `thin`."""
         ...
 
     def at_hand(self, dtype: torch.dtype) -> "Weight":
@@ -44,18 +41,11 @@ class _Multiplied(ABC):
     @abstractmethod
     def matrix(self, dtype: torch.dtype) -> torch.Tensor: ...
 
-    def multiply(self, x: torch.Tensor, plus: torch.Tensor | None) -> torch.Tensor:
-        straight = self.matrix(x.dtype).t()
-        return x @ straight if plus is None else torch.addmm(plus, x, straight)
+    def multiply(self, x: torch.Tensor, plus: torch.Tensor | None, thin: Thin | None = None) -> torch.Tensor:
+        return _onto(plus, thin, x, self.matrix(x.dtype).t())
 
-    def multiply_onto(self, result: torch.Tensor, x: torch.Tensor) -> None:
-        result.addmm_(x, self.matrix(x.dtype).t())
-
-    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient @ self.matrix(gradient.dtype)
-
-    def multiply_back_onto(self, result: torch.Tensor, gradient: torch.Tensor) -> None:
-        result.addmm_(gradient, self.matrix(gradient.dtype))
+    def multiply_back(self, gradient: torch.Tensor, thin: Thin | None = None) -> torch.Tensor:
+        return _onto(None, thin, gradient, self.matrix(gradient.dtype))
 
     def at_hand(self, dtype: torch.dtype) -> "Weight":
         return AtHand(self.matrix(dtype))
@@ -99,6 +89,27 @@ class FourBit(_Multiplied):
         return self._joined.matrix(dtype)
 
 
+class EightBit:
+    """Frozen weights in 8-bit floats, multiplied as they are. On the way back they are needed turned over: made anew for every
+    product, unless `keeps`."""
+
+    def __init__(self, matrix: Matrix8bit, ops: Elementwise, *, keeps: bool = False) -> None:
+        self._matrix, self._ops, self._keeps = matrix, ops, keeps
+        self._over: torch.Tensor | None = None
+
+    def multiply(self, x: torch.Tensor, plus: torch.Tensor | None, thin: Thin | None = None) -> torch.Tensor:
+        return _sum(self._matrix.multiply(x, quantise=self._ops.rows_in_8_bits), plus, thin)
+
+    def multiply_back(self, gradient: torch.Tensor, thin: Thin | None = None) -> torch.Tensor:
+        over = self._ops.turned_over(self._matrix.codes) if self._over is None else self._over
+        if self._keeps:
+            self._over = over
+        return _sum(self._matrix.multiply_back(gradient, over, quantise=self._ops.scaled_in_8_bits), None, thin)
+
+    def at_hand(self, dtype: torch.dtype) -> Weight:
+        return EightBit(self._matrix, self._ops, keeps=True)
+
+
 class AtHand(_Multiplied):
     """A matrix in the dtype that it is multiplied in."""
 
@@ -107,6 +118,20 @@ class AtHand(_Multiplied):
 
     def matrix(self, dtype: torch.dtype) -> torch.Tensor:
         return self._matrix
+
+
+def _onto(plus: torch.Tensor | None, thin: Thin | None, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """The thin product first, which only moves bytes; the large one adds to it, and has time to read it as it computes."""
+    if thin is None:
+        return x @ matrix if plus is None else torch.addmm(plus, x, matrix)
+    return (thin[0] @ thin[1] if plus is None else torch.addmm(plus, *thin)).addmm_(x, matrix)
+
+
+def _sum(product: torch.Tensor, plus: torch.Tensor | None, thin: Thin | None) -> torch.Tensor:
+    """The same where the large product can't add to anything: then the thin one adds to it."""
+    if thin is not None:
+        product.addmm_(*thin)
+    return product if plus is None else product.add_(plus)
 
 
 class _AsOne(torch.autograd.Function):
@@ -136,20 +161,29 @@ def why_not_one(modules: Sequence[torch.nn.Module]) -> str | None:
         return "some of its layers have a bias and others have none"
     if all(map(is_4bit, layers)):
         return why_not_joined(layers)
-    if any(type(layer) is not torch.nn.Linear for layer in layers):
-        return f"its weights are kept in a {type(layers[0]).__name__}"
+    if all(map(is_8bit, layers)):
+        return None
+    if kinds := {type(layer).__name__ for layer in layers if type(layer) is not torch.nn.Linear}:
+        return f"its weights are kept in a {' and a '.join(sorted(kinds))}"
     if len({layer.weight.dtype for layer in layers}) > 1:
         return "weights that read one input differ in dtype"
     return None
 
 
-def join_weights(modules: Sequence[torch.nn.Module]) -> tuple[Weight, Dense | None]:
-    """(weight, bias) of linear layers, or of LoRA layers on them. Raises ValueError where `why_not_one` has a reason."""
+def join_weights(modules: Sequence[torch.nn.Module], ops: Elementwise) -> tuple[Weight, Dense | None]:
+    """(weight, bias) of linear layers, or of LoRA layers on them; `ops` are for weights that need more than a product.
+
+    Raises ValueError where `why_not_one` has a reason.
+    """
     if reason := why_not_one(modules):
         raise ValueError(reason)
-    layers = [plain_layer(module) for module in modules]
+    layers: list[Any] = [plain_layer(module) for module in modules]
     bias = None if layers[0].bias is None else Dense([layer.bias for layer in layers])
-    return (FourBit(join_4bit(layers)) if is_4bit(layers[0]) else Dense([layer.weight for layer in layers])), bias
+    if is_4bit(layers[0]):
+        return FourBit(join_4bit(layers)), bias
+    if is_8bit(layers[0]):
+        return EightBit(join_8bit(layers), ops), bias
+    return Dense([layer.weight for layer in layers]), bias
 
 
 def part_weights(modules: Sequence[torch.nn.Module], weight: Weight, bias: Dense | None) -> None:
@@ -159,4 +193,5 @@ def part_weights(modules: Sequence[torch.nn.Module], weight: Weight, bias: Dense
     if isinstance(weight, Dense):
         weight.part()
     elif len(modules) > 1:
-        part_4bit([plain_layer(module) for module in modules])
+        layers: list[Any] = [plain_layer(module) for module in modules]
+        part_4bit(layers) if isinstance(weight, FourBit) else part_8bit(layers)

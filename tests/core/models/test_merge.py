@@ -12,6 +12,7 @@ from core.errors import InvalidInput
 from core.manifest import closed_folder, verify_folder
 from core.model_folder import MODEL_KIND, read_model_facts
 from core.models.adapt import attach_adapter, load_adapter, save_lora, save_tokenizer
+from core.models.fp8 import rows_unrounded
 from core.models.load import ComputeDtype
 from core.models.merge import main, merge_adapter
 from core.spec import LoraTuning, MoraTuning
@@ -70,7 +71,7 @@ def test_in_full_precision_the_merged_model_answers_as_base_and_adapter(tiny: Pa
 
 @pytest.mark.parametrize(
     ("name", "quantization"),
-    [("default", "nf4"), ("dora", "nf4-double"), ("pissa", "fp4"), ("mora", "nf4"), ("default", "int8")],
+    [("default", "nf4"), ("dora", "nf4-double"), ("pissa", "fp4"), ("mora", "nf4"), ("default", "int8"), ("pissa", "fp8")],
 )
 def test_trap_14_a_quantised_base_is_merged_as_its_quantised_weights_and_only_when_asked(
     tiny: Path, tmp_path: Path, name: str, quantization: Quantization
@@ -83,7 +84,7 @@ def test_trap_14_a_quantised_base_is_merged_as_its_quantised_weights_and_only_wh
 
     model = load_adapter(load(tiny, quantization).model, adapter, "a")
     model.train()  # there is no dropout; in eval mode int8 rounds the inputs too
-    with torch.no_grad():
+    with torch.no_grad(), rows_unrounded(model):  # which is not in the weights
         expected = model(IDS).logits
     assert (found - expected).abs().max() < 1e-4
     on_the_originals = logits_of(load_adapter(load(tiny).model, adapter, "a"))

@@ -86,11 +86,12 @@ def test_products_are_the_layers_own(kind: str, double: bool, bias: bool) -> Non
     weight = FourBit(joined)
     torch.testing.assert_close(weight.multiply(x.detach(), biases), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weight.multiply_back(gradient), of_x, rtol=1e-5, atol=1e-5)
-    onto, onto_back = torch.ones_like(expected), torch.ones_like(x)
-    weight.multiply_onto(onto, x.detach())
-    weight.multiply_back_onto(onto_back, gradient)
-    torch.testing.assert_close(onto, weight.multiply(x.detach(), None) + 1, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(onto_back, of_x + 1, rtol=1e-5, atol=1e-5)
+    thin, thin_back = (torch.randn(7, 3), torch.randn(3, expected.shape[1])), (torch.randn(7, 3), torch.randn(3, 64))
+    both = expected.detach() + thin[0] @ thin[1]
+    torch.testing.assert_close(weight.multiply(x.detach(), biases, thin), both, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        weight.multiply_back(gradient, thin_back), of_x + thin_back[0] @ thin_back[1], rtol=1e-5, atol=1e-5
+    )
     again = torch.cat([layer(x) for layer in layers], dim=1)
     assert torch.equal(again, expected)
     assert torch.equal(torch.autograd.grad(again, x, gradient)[0], of_x)

@@ -71,6 +71,23 @@ def test_weights_match_what_is_known_of_a_7b_model() -> None:
     int8 = memory(spec(quantization={"kind": "int8"}))
     assert (int8.weights_gib - nf4.weights_gib) * GIB / LINEAR == pytest.approx(1 - 0.5 - 0.127 / 8, abs=0.001)
 
+    fp8 = memory(spec(quantization={"kind": "fp8"}))
+    assert fp8.weights_gib == int8.weights_gib
+
+
+def test_fp8_needs_a_matrix_turned_over_and_the_codes_of_what_it_rounds() -> None:
+    def workspace(kind: str, rows: int, **memory: bool) -> float:
+        changed = spec(quantization={"kind": kind}, memory=memory, batch=batch(rows, 2))
+        job = replace(work(changed), held_trained=8, probed_tokens=0)  # no logits to hide behind
+        return estimate_memory(job, Coefficients()).workspace_gib * GIB
+
+    tokens, matrix = 64 * 512, 4096 * 11008
+    apart = [workspace("fp8", 64, fused_layers=fused) - workspace("none", 64, fused_layers=fused) for fused in (True, False)]
+    assert apart == [pytest.approx(2 * matrix + 2 * tokens * 11008), pytest.approx(matrix + 9 * tokens * 11008)]
+    # Gate, up and down are turned over once for all chunks of a layer that is made again.
+    again = [workspace(kind, 2, fused_layers=True, checkpointing=True) for kind in ("none", "fp8", "nf4")]
+    assert again[0] < again[1] < again[2]
+
 
 def test_one_matrix_at_a_time_is_unpacked() -> None:
     small: dict[str, Any] = {"batch": batch(1, 2), "data": {"max_length": 8}}  # no logits to hide behind

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from core.plan.coefficients import GPUS, Coefficients, find_gpu
+from core.plan.coefficients import GPUS, Coefficients, Gpu, find_gpu
 from core.plan.time import step_flops, step_seconds
 from tests.core.plan.jobs import H100, equal, planned, spec, work
 
@@ -43,6 +43,16 @@ def test_a_step_is_as_slow_as_the_slower_of_gpu_and_host() -> None:
     assert step_seconds(job, gpu, slow_host) == pytest.approx(32 * (1 + 7 * 0.5) + 0.25)
     split = work(spec(batch={"micro_batch_size": 4, "gradient_accumulation_steps": 8, "packing": "off"}), ROWS)
     assert step_seconds(split, gpu, slow_host) == pytest.approx(8 * 32 * (1 + 7 * 0.5) + 0.25)
+
+
+def test_products_of_8_bits_are_faster_and_all_else_is_not() -> None:
+    plain, fp8 = (work(spec(**(BIG | {"quantization": {"kind": kind}})), ROWS) for kind in ("none", "fp8"))
+    assert step_flops(plain) == step_flops(fp8)
+    gpu = Gpu(1e12, 1e30)
+    alike, faster = (Coefficients(fp8_speed=speed, matmul_share=1.0, step_seconds=0.0) for speed in (1.0, 2.0))
+    before = step_seconds(plain, gpu, alike)
+    assert step_seconds(fp8, gpu, alike) == pytest.approx(before)
+    assert 0.5 * before < step_seconds(fp8, gpu, faster) < 0.55 * before
 
 
 def test_the_kind_of_gpu_is_part_of_its_name() -> None:

@@ -32,7 +32,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return folders_in(tmp_path_factory.mktemp)
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4-double"])
+@pytest.mark.parametrize("quantization", ["none", "nf4-double", "fp8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_keeps_what_can_t_be_made_again(
     folders: Folders, monkeypatch: pytest.MonkeyPatch, family: str, quantization: Quantization

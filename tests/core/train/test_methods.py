@@ -33,9 +33,12 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "qlora-single": {"tuning": LORA, "quantization": {"kind": "nf4", "double_quantization": False}},
     "fp4": {"tuning": LORA, "quantization": {"kind": "fp4"}},
     "int8": {"tuning": LORA, "quantization": {"kind": "int8"}},
+    "fp8": {"tuning": LORA, "quantization": {"kind": "fp8"}},
     "qdora": {"tuning": LORA | {"dora": True}, "quantization": {"kind": "nf4"}},
     "qpissa": {"tuning": LORA | {"init": "pissa"}, "quantization": {"kind": "nf4"}},
     "qmora": {"tuning": {"kind": "mora", "rank": 4}, "quantization": {"kind": "nf4"}},
+    "fp8-pissa": {"tuning": LORA | {"init": "pissa"}, "quantization": {"kind": "fp8"}},
+    "fp8-mora": {"tuning": {"kind": "mora", "rank": 4}, "quantization": {"kind": "fp8"}},
 }
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {"kind": "sft"},
