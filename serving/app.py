@@ -15,7 +15,7 @@ from fastapi_offline import FastAPIOffline
 from core.infer.engine import Engine
 from core.models.load import pick_device
 from serving.access import Serving
-from serving.bases import resolve_bases
+from serving.bases import Room, resolve_bases
 from serving.body_limit import BodyLimit
 from serving.deployments import Follower, Signature
 from serving.directory import Directory
@@ -38,12 +38,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         try:
             with database.transaction() as session:
                 wanted = resolve_bases(session, chosen.bases)
-            engine, directory = Engine(), Directory()
+            engine, directory = Engine(running=chosen.serving_running), Directory()
             follower = Follower(
                 wanted=wanted,
                 models_folder=chosen.models_folder,
                 gpu_gib=chosen.serving_gpu_gib,
-                kv_gib=chosen.serving_kv_gib,
+                room=Room(chosen.serving_kv_gib, chosen.serving_adapter_gib, chosen.serving_running),
                 device=device,
                 database=database,
                 storage=Storage(chosen.storage, chosen.scratch_folder),

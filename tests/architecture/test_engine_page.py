@@ -5,7 +5,7 @@ import re
 from benchmarks.shapes import config_of
 from core.plan.memory import kept_per_token
 from core.plan.work import work_of
-from core.train.fused.families import FAMILIES
+from core.models.families import FAMILIES
 from tests.conftest import ROOT
 from tests.core.train.runs import spec_of
 

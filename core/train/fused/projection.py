@@ -11,9 +11,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from core.models import start
+from core.models.joined import Dense, Weight, join_weights, part_weights, plain_layer, why_not_one
 from core.train.fused.adapters import Adapters, Place, Stacked
 from core.train.fused.ends import After, Before
-from core.train.fused.weights import Dense, Weight, join_weights, part_weights, plain_layer, why_not_one
 
 ADAPTER = "default"
 """Name of the adapter that trains."""

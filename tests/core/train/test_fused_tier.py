@@ -13,7 +13,7 @@ from core.plan import check_spec
 from core.train import result
 from core.train.build import build_training
 from core.train.fused.elementwise import Elementwise, gated
-from core.train.fused.families import FAMILIES
+from core.models.families import FAMILIES
 from core.train.fused.install import fused_layer
 from tests.core.train.runs import losses, run_input, spec_of, train_here
 from tests.tiny import build_tiny_model
