@@ -143,10 +143,10 @@ class Scheduler(Generic[R]):
     def _next(self) -> R | None:
         """Take the next in turn whose adapter is there: those that stepped back, those that stand aside, then the queue."""
         for line in (self._stepped_back, self._aside):
-            for request in line:
-                if self._runner.residence(request.context.weights) == "here":
-                    line.remove(request)
-                    return request
+            for one in line:
+                if self._runner.residence(one.context.weights) == "here":
+                    line.remove(one)
+                    return one
             if line and self._runner.residence(line[0].context.weights) == "no-room":
                 return None
         while (request := self.waiting.first()) is not None:

@@ -54,9 +54,10 @@ def adapters_of(folder: Path, family: str, out: Path) -> list[Path]:
     return [add_lora(folder, out / f"a{seed}", seed, **kind) for seed, kind in enumerate(kinds)]
 
 
-def answers(
-    runner: Runner, prompts: list[list[int]], adapters: list[Any], tokens: int
-) -> tuple[list[list[int]], list[torch.Tensor]]:
+Found = tuple[list[Any], list[torch.Tensor]]
+
+
+def answers(runner: Runner, prompts: list[list[int]], adapters: list[Any], tokens: int) -> Found:
     """Greedy ids of each prompt, and the logits behind them; prompts come in pieces of 13 beside answers that run."""
     contexts = [Context(list(ids), weights, [b"r"]) for ids, weights in zip(prompts, adapters, strict=True)]
     wanted = [len(ids) + tokens for ids in prompts]
