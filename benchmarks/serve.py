@@ -9,7 +9,8 @@ side counts, and the spread is that of the pairs. `cold-adapter` is from reading
 first token, over the same for one in memory. `http` streams the 8-adapter wave out of a running endpoint, by a client in another
 process, over the same engine asked directly. `ready` is from the start of the endpoint's process to a token over HTTP.
 
-Models are loaded once for all their cases. `--profile` prints the kernels of a wave's decode steps. `--baseline` puts plain transformers and peft beside each wave, `--loop closed` or
+Models are loaded once for all their cases. `--profile` prints the kernels of a wave's decode steps, their launches and how long
+the GPU has nothing to do. `--baseline` puts plain transformers and peft beside each wave, `--loop closed` or
 `open` with `--rate` the times to first token and between tokens. `train-to-serve` is not here yet: it needs a job's end and the
 parity check in one clock; benchmarks/walk.py has `ended_to_routable_seconds` of a whole service meanwhile.
 """

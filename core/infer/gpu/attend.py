@@ -153,12 +153,14 @@ def attend_last(
     count, kv_heads = len(rows), keys.shape[1]
     splits = parts_of(count, kv_heads)
     columns = max(16, triton.next_power_of_2(width))
+    wide = _is_wide(query)
     parts = query.new_empty(count * heads * splits, columns, dtype=torch.float32)
     maxima, sums = query.new_empty(2, count * heads * splits, dtype=torch.float32)
     _attend_split[(count, kv_heads, splits)](
         query, keys, values, parts, maxima, sums, rows, paging.pages, paging.starts, paging.lengths, scale * _LOG2_E,
-        heads=heads, kv_heads=kv_heads, width=width, columns=columns, splits=splits, page=paging.size, block=_KEYS,
-        shared=max(16, triton.next_power_of_2(heads // kv_heads)), precision=_precision(query),
+        heads=heads, kv_heads=kv_heads, width=width, columns=columns, splits=splits,
+        page=paging.size, block=32 if wide else _KEYS,
+        shared=max(16, triton.next_power_of_2(heads // kv_heads)), precision=_precision(query), num_stages=1 if wide else 2,
     )  # fmt: skip
     _attend_join[(count, heads)](
         parts, maxima, sums, result, rows, paging.lengths, heads=heads, width=width, columns=columns, splits=splits, num_warps=1
@@ -181,12 +183,13 @@ def attend_pieces(
     """
     heads, width = query.shape[1:]
     kv_heads = keys.shape[1]
-    wide = query.element_size() > 2 or width > 128
+    wide = _is_wide(query)
     _attend_piece[(len(pieces), kv_heads)](
         query, keys, values, result, pieces, paging.pages, paging.starts, scale * _LOG2_E,
         heads=heads, kv_heads=kv_heads, width=width, columns=max(16, triton.next_power_of_2(width)),
         page=paging.size, block=32 if wide else _KEYS, tokens=piece_tokens(heads, kv_heads),
-        shared=triton.next_power_of_2(heads // kv_heads), precision=_precision(query), num_stages=1 if wide else 2,
+        shared=triton.next_power_of_2(heads // kv_heads), precision=_precision(query),
+        num_stages=1 if wide else 2, num_warps=8 if wide else 4,
     )  # fmt: skip
 
 
@@ -199,6 +202,11 @@ def parts_of(count: int, kv_heads: int) -> int:
     """Parts of a context: four, so that one long context among short ones is not one program's; more where the card would
     be idle. Depends on shapes alone, so that it is the same in every run of a graph."""
     return int(min(32, max(4, triton.next_power_of_2(512 // max(1, count * kv_heads)))))
+
+
+def _is_wide(query: torch.Tensor) -> bool:
+    """Whether keys take so much of a multiprocessor's own memory that fewer are taken at once."""
+    return query.element_size() > 2 or query.shape[2] > 128
 
 
 def _precision(x: torch.Tensor) -> str:

@@ -48,9 +48,11 @@ def norm(
 
 
 @triton.jit
-def _headed(x, scale, at, is_there, inverse, has_norm: tl.constexpr):
+def _headed(x, query_scale, key_scale, at, is_there, is_query, inverse, has_norm: tl.constexpr):
     if has_norm:
-        x = ((x.to(tl.float32) * inverse).to(x.dtype) * tl.load(scale + at, mask=is_there, other=0.0)).to(x.dtype)
+        scale = tl.load(query_scale + at, mask=is_there & is_query, other=0.0)
+        scale += tl.load(key_scale + at, mask=is_there & (is_query == 0), other=0.0)
+        x = ((x.to(tl.float32) * inverse).to(x.dtype) * scale).to(x.dtype)
     return x.to(tl.float32)
 
 
@@ -77,12 +79,11 @@ def _turn(
         else:
             partner, number, is_first = tl.where(column < half, column + half, column - half), column % half, column < half
         is_turned = column < turned
-        scale = query_scale if head < heads else key_scale
         wide = x.to(tl.float32)
         inverse = tl.rsqrt(tl.sum(wide * wide, 0) / width + epsilon)
         other = tl.load(start + partner, mask=is_turned, other=0.0)
-        mine = _headed(x, scale, column, is_there, inverse, has_norm)
-        other = _headed(other, scale, partner, is_turned, inverse, has_norm)
+        mine = _headed(x, query_scale, key_scale, column, is_there, head < heads, inverse, has_norm)
+        other = _headed(other, query_scale, key_scale, partner, is_turned, head < heads, inverse, has_norm)
         place = tl.load(positions + token).to(tl.int64) * half + number
         cosine = tl.load(cosines + place, mask=is_turned, other=1.0).to(tl.float32)
         sine = tl.load(sines + place, mask=is_turned, other=0.0).to(tl.float32)
