@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from benchmarks.profile import LAUNCHES, Span, report
 from core.infer.adapters import AdaptedBase
-from core.infer.engine import RUNNING, Engine
+from core.infer.engine import GPU_STEP_TOKENS, RUNNING, STEP_TOKENS, Engine
 from core.infer.progress import End, Token
 from core.infer.sampling import Sampling
 from core.infer.servable import Servable
@@ -72,7 +72,11 @@ class Bench:
         self.base = Servable(self.host, folder)
         print(self.host.runner.form, flush=True)
         self.host.runner.warm_up(most_clients)
-        self.engine = Engine(max_waiting=max(64, most_clients), running=max(RUNNING, most_clients))
+        self.engine = Engine(
+            max_waiting=max(64, most_clients),
+            running=max(RUNNING, most_clients),
+            step_tokens=GPU_STEP_TOKENS if self.host.model.device.type == "cuda" else STEP_TOKENS,
+        )
         self._rng = np.random.default_rng(seed)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from core.infer.engine import Engine
+from core.infer.engine import GPU_STEP_TOKENS, STEP_TOKENS, Engine
 from core.models.load import pick_device
 from serving.access import Serving
 from serving.bases import Room, resolve_bases
@@ -38,7 +38,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         try:
             with database.transaction() as session:
                 wanted = resolve_bases(session, chosen.bases)
-            engine, directory = Engine(running=chosen.serving_running), Directory()
+            tokens = GPU_STEP_TOKENS if device.type == "cuda" else STEP_TOKENS
+            engine, directory = Engine(running=chosen.serving_running, step_tokens=tokens), Directory()
             follower = Follower(
                 wanted=wanted,
                 models_folder=chosen.models_folder,

@@ -18,6 +18,7 @@ class PlainCompute:
     """The model's own layers with attention over pages; requests and adapters one after another."""
 
     slots = None
+    is_asynchronous = False
 
     def __init__(self, model: Any, store: KeyValues, *, page: int, make_bare: Callable[[], None]) -> None:
         self._model, self._store, self._page = model, store, page

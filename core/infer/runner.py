@@ -87,6 +87,11 @@ class Runner:
         """How this base is computed, in a sentence."""
         return self._compute.form
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether `step` returns before its logits are there."""
+        return self._compute.is_asynchronous
+
     def warm_up(self, rows: int) -> None:
         """Compile what steps of up to `rows` requests need, before the first."""
         self._compute.warm_up(rows)

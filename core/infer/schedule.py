@@ -80,9 +80,12 @@ class Scheduler(Generic[R]):
         self.running: list[R] = []  # the oldest first
 
     def leave(self, request: R) -> None:
-        """It is done, or nobody waits for it any more."""
-        self.running.remove(request)
-        self._runner.release(request.context)
+        """It is done, or nobody waits for it any more. One that stepped back meanwhile has nothing to release."""
+        if request in self.running:
+            self.running.remove(request)
+            self._runner.release(request.context)
+        elif request in self._stepped_back:
+            self._stepped_back.remove(request)
 
     def drop_cancelled(self) -> None:
         """Let go of what nobody waits for any more."""

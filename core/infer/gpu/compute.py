@@ -46,6 +46,7 @@ class DeviceCompute:
         self._graphs: DecodeGraphs | None = None
         if self._fused is not None and model.device.type == "cuda":
             self._graphs = DecodeGraphs(self._fused, store, self.slots, self._courier, page=page)
+        self.is_asynchronous = True
         how = "own layers, graphs of steps" if reason is None else f"transformers' own layers without graphs: {reason}"
         self.form = f"{config.model_type} on {model.device}: {how}"
         logger.info("%s", self.form)

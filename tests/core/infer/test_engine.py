@@ -196,14 +196,14 @@ def test_a_request_that_breaks_a_step_fails_alone(
     engine = start()
     runner = bench.host.runner
     assert runner is not None
-    usual = runner._forward
+    usual = runner._compute.forward
 
-    def faulty(shares: Any, wanted: Any, store: Any) -> torch.Tensor:
+    def faulty(shares: Any, wanted: Any) -> torch.Tensor:
         if any(501 in context.ids for context, _ in shares):
             raise RuntimeError("injected")
-        return usual(shares, wanted, store)
+        return usual(shares, wanted)
 
-    monkeypatch.setattr(runner, "_forward", faulty)
+    monkeypatch.setattr(runner._compute, "forward", faulty)
     sampling = Sampling(max_tokens=12, ignore_eos=True)
     requests = [(number % 3, [*prompt(number, 20), 501 if number == 2 else 5], Asked()) for number in range(5)]
     engine.call(lambda: [engine.submit(bench.servables[which], ids, sampling, asked) for which, ids, asked in requests])
@@ -225,6 +225,7 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(
     usual = lane.draw
 
     def spoilt(logits: torch.Tensor, rows: Any) -> Any:
+        logits = logits.clone()
         for number, row in enumerate(rows):
             if len(row.prompt_ids) == 7:
                 logits[number] = float("nan")
