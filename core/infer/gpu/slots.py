@@ -27,13 +27,19 @@ _MOST_SLOTS = 512
 _ALIGNED = 64
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Staged:
-    """An adapter as it is copied to the GPU: `pages` [n, elements of a page], `counts` int32 [sites], `gains` fp32 [outputs]."""
+    """An adapter as it is copied to the GPU: `pages` [n, elements of a page], `counts` int32 [sites], `gains` fp32 [outputs].
+
+    How often that was done, and how often it had to leave for another, is counted since it was read.
+    """
 
     pages: torch.Tensor
     counts: torch.Tensor
     gains: torch.Tensor | None
+    is_resident: bool = False
+    loads: int = 0
+    evictions: int = 0
 
 
 @dataclass(eq=False)
@@ -43,14 +49,6 @@ class _Slot:
     arrived: Any = None
     """The event behind its copy; None where it is known to have passed."""
     holders: int = 0
-
-
-@dataclass
-class Tally:
-    """Since the start."""
-
-    loads: int = 0
-    evictions: int = 0
 
 
 @dataclass
@@ -81,7 +79,6 @@ class DeviceSlots:
     def __init__(self, groups: Iterable[Group], device: torch.device, dtype: torch.dtype, *, gib: float) -> None:
         """`gib` is the room for all adapters; at least one of rank 16 has some."""
         self.layout = Layout.of(groups)
-        self.tally = Tally()
         self._device, self._dtype = device, dtype
         pages = min(_MOST_SLOTS, max(1, int(gib * 2**30) // (self.layout.elements * dtype.itemsize)))
         self._memory = torch.empty(pages, self.layout.elements, dtype=dtype, device=device)
@@ -189,11 +186,12 @@ class DeviceSlots:
             return False
         for weights in leaving:
             self._leave(weights)
-            self.tally.evictions += 1
+            weights.staged.evictions += 1
         return True
 
     def _leave(self, weights: LoraWeights) -> None:
         slot = self._slots.pop(weights)
+        weights.staged.is_resident = False
         self._free_pages += slot.pages
         self._free_slots.append(slot.number)
 
@@ -211,7 +209,8 @@ class DeviceSlots:
             with torch.cuda.stream(self._copying):
                 self._copy(slot, staged)
                 slot.arrived = self._copying.record_event()
-        self.tally.loads += 1
+        staged.is_resident = True
+        staged.loads += 1
         return slot
 
     def _copy(self, slot: _Slot, staged: Staged) -> None:

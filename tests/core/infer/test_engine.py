@@ -172,6 +172,32 @@ def test_answers_step_back_and_are_taken_up_where_memory_is_short(small: Bench, 
     assert [ticket.cached_tokens for ticket in tickets] == [0] * 6, "pages found again are their own"
 
 
+def test_readers_who_are_told_while_the_next_step_runs_hear_the_same(small: Bench, start: Callable[..., Engine]) -> None:
+    """As on a GPU: stop strings are found a step late, while memory is short and answers step back."""
+    assert small.servables[0].host.runner is not None
+    small.servables[0].host.runner._compute.is_asynchronous = True
+    requests = []
+    for number in range(9):
+        ids, plain = prompt(number, 60), Sampling(max_tokens=150, ignore_eos=True)
+        text = "".join(item.text for item in small.expected(number % 3, ids, plain))
+        stop = (text[40 + number : 43 + number],) if number % 2 else ()
+        requests.append((number % 3, ids, Sampling(max_tokens=150, ignore_eos=number > 4, stop=stop), Asked()))
+    engine = start()
+    for which, ids, sampling, asked in requests:
+        engine.submit(small.servables[which], ids, sampling, asked)
+    ends = set()
+    for which, ids, sampling, asked in requests:
+        asked.wait()
+        expected = small.expected(which, ids, sampling)
+        assert [type(item) for item in asked.items] == [type(item) for item in expected]
+        assert [item.text for item in asked.items] == [item.text for item in expected]  # type: ignore[union-attr]
+        ends.add(expected[-1].reason)  # type: ignore[union-attr]
+    assert ends == {"stop", "length"}
+    engine.call(lambda: None)
+    assert small.pages.available == small.pages.count
+    assert engine.load == 0
+
+
 def test_who_leaves_is_forgotten_and_the_others_go_on(bench: Bench, start: Callable[..., Engine]) -> None:
     engine = start()
     stays, leaves = Asked(), Asked()
