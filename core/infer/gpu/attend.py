@@ -29,10 +29,10 @@ class Paging:
     """Tokens of a page."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _attend_split(
-    query, keys, values, parts, maxima, sums, rows, pages, starts, lengths, scale,
-    heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, columns: tl.constexpr, splits: tl.constexpr,
+    query, keys, values, parts, maxima, sums, rows, pages, starts, lengths, scale, splits,
+    heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, columns: tl.constexpr,
     page: tl.constexpr, block: tl.constexpr, shared: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """One request, one key head, one part of its context: the queries that share the key head, `shared` of them at least 16."""
@@ -157,8 +157,8 @@ def attend_last(
     parts = query.new_empty(count * heads * splits, columns, dtype=torch.float32)
     maxima, sums = query.new_empty(2, count * heads * splits, dtype=torch.float32)
     _attend_split[(count, kv_heads, splits)](
-        query, keys, values, parts, maxima, sums, rows, paging.pages, paging.starts, paging.lengths, scale * _LOG2_E,
-        heads=heads, kv_heads=kv_heads, width=width, columns=columns, splits=splits,
+        query, keys, values, parts, maxima, sums, rows, paging.pages, paging.starts, paging.lengths, scale * _LOG2_E, splits,
+        heads=heads, kv_heads=kv_heads, width=width, columns=columns,
         page=paging.size, block=32 if wide else _KEYS,
         shared=max(16, triton.next_power_of_2(heads // kv_heads)), precision=_precision(query), num_stages=1 if wide else 2,
     )  # fmt: skip

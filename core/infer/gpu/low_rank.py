@@ -4,7 +4,8 @@ Rows of one adapter stand side by side and are taken in groups: one program read
 group. The same two kernels serve one token of many requests (groups of 16 rows, most of them empty, many programs for each)
 and prompts (groups of 64). Ranks come in pages of 16, so a rank of 64 costs its own rows four times as much and the
 others nothing (S-LoRA's unified paging, arXiv 2311.03285, of ranks). Layers that read one input and are multiplied as one
-matrix (queries, keys and values; gate and up) are the parts of one site: a launch of each kernel for all of them.
+matrix (queries, keys and values; gate and up) are the parts of one site: a launch of each kernel for all of them. Shapes are
+arguments, not constants, so that a kernel is compiled once for all sites.
 """
 
 from dataclasses import dataclass
@@ -46,11 +47,10 @@ class SiteShape:
     gains_at: int
 
 
-@triton.jit(do_not_specialize=["total_rows", "site"])
+@triton.jit(do_not_specialize=["total_rows", "site", "parts"])
 def _shrink(
-    x, memory, table, counts, reduced, groups, stride, site, sites, down_at, total_rows,
-    inputs: tl.constexpr, parts: tl.constexpr, most_pages: tl.constexpr, splits: tl.constexpr, each: tl.constexpr,
-    rows: tl.constexpr, block: tl.constexpr, ranks: tl.constexpr, precision: tl.constexpr,
+    x, memory, table, counts, reduced, groups, stride, site, sites, down_at, total_rows, inputs, parts, each,
+    most_pages: tl.constexpr, rows: tl.constexpr, block: tl.constexpr, ranks: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
     """One group, one share of the inputs, one part: down · x, of that share."""
     group, split, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -75,13 +75,11 @@ def _shrink(
             tl.store(reduced + at[:, None] + rank[None, :], found, mask=is_row[:, None])
 
 
-@triton.jit(do_not_specialize=["total_rows", "site"])
+@triton.jit(do_not_specialize=["total_rows", "site", "parts", "splits"])
 def _expand(
-    y, memory, table, counts, reduced, groups, bias, gains, stride, site, sites, up_at, gains_at, gains_stride,
-    total_rows,
-    first_width: tl.constexpr, second_width: tl.constexpr, third_width: tl.constexpr,
-    parts: tl.constexpr, most_pages: tl.constexpr, splits: tl.constexpr, rows: tl.constexpr,
-    block: tl.constexpr, ranks: tl.constexpr, precision: tl.constexpr,
+    y, memory, table, counts, reduced, groups, bias, gains, stride, site, sites, up_at, gains_at, gains_stride, total_rows,
+    first_width, second_width, third_width, parts, splits,
+    most_pages: tl.constexpr, rows: tl.constexpr, block: tl.constexpr, ranks: tl.constexpr, precision: tl.constexpr,
     has_gains: tl.constexpr, has_bias: tl.constexpr,
 ):  # fmt: skip
     """One group and a block of a part's outputs: gain · (y - bias) + bias + up · (what `_shrink` found)."""
@@ -90,11 +88,10 @@ def _expand(
     if count > 0:
         pages = tl.load(counts + slot * sites + site)
         if pages > 0:
-            first_tiles: tl.constexpr = (first_width + block - 1) // block
-            second_tiles: tl.constexpr = (second_width + block - 1) // block
-            outputs: tl.constexpr = first_width + second_width + third_width
-            both_tiles: tl.constexpr = first_tiles + second_tiles
-            both_width: tl.constexpr = first_width + second_width
+            first_tiles = tl.cdiv(first_width, block)
+            both_tiles = first_tiles + tl.cdiv(second_width, block)
+            both_width = first_width + second_width
+            outputs = both_width + third_width
             part = (tile >= first_tiles).to(tl.int32) + (tile >= both_tiles).to(tl.int32)
             begin = tl.where(part == 0, 0, tl.where(part == 1, first_width, both_width))
             end = tl.where(part == 0, first_width, tl.where(part == 1, both_width, outputs))
@@ -106,7 +103,7 @@ def _expand(
             added = tl.zeros([rows, block], tl.float32)
             for number in range(pages):
                 small = tl.zeros([rows, ranks], tl.float32)
-                for split in tl.static_range(splits):
+                for split in range(splits):
                     at = ((split * total_rows + first + row) * parts + part) * (most_pages * ranks) + number * ranks
                     small += tl.load(reduced + at[:, None] + rank[None, :], mask=is_row[:, None], other=0.0)
                 page = tl.load(table + slot * most_pages + number).to(tl.int64)
@@ -135,8 +132,8 @@ def shrink(x: torch.Tensor, pool: Pool, site: SiteShape, groups: torch.Tensor, *
     reduced = torch.empty(splits, count, parts, pool.pages.shape[1] * RANKS, dtype=torch.float32, device=x.device)
     _shrink[(len(groups), splits, parts)](
         x, pool.memory, pool.pages, pool.counts, reduced, groups,
-        pool.memory.shape[1], site.number, pool.counts.shape[1], site.down_at, count,
-        inputs=site.inputs, parts=parts, most_pages=pool.pages.shape[1], splits=splits, each=each, rows=rows,
+        pool.memory.shape[1], site.number, pool.counts.shape[1], site.down_at, count, site.inputs, parts, each,
+        most_pages=pool.pages.shape[1], rows=rows,
         block=min(each, 64 if x.element_size() > 2 else 128), ranks=RANKS, precision=_precision(x),
     )  # fmt: skip
     return reduced
@@ -159,8 +156,7 @@ def expand(
     _expand[(len(groups), sum(triton.cdiv(width, block) for width in widths))](
         y, pool.memory, pool.pages, pool.counts, reduced, groups, y if bias is None else bias, gains,
         pool.memory.shape[1], site.number, pool.counts.shape[1], site.up_at, site.gains_at, gains_stride, len(y),
-        first_width=widths[0], second_width=widths[1], third_width=widths[2],
-        parts=len(site.outputs), most_pages=pool.pages.shape[1], splits=len(reduced), rows=rows, block=block, ranks=RANKS,
+        *widths, len(site.outputs), len(reduced), most_pages=pool.pages.shape[1], rows=rows, block=block, ranks=RANKS,
         precision=_precision(y), has_gains=pool.gains is not None, has_bias=pool.gains is not None and bias is not None,
     )  # fmt: skip
 
