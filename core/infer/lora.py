@@ -30,7 +30,8 @@ Residence = Literal["here", "coming", "no-room"]
 class Site:
     """What an adapter does to one linear module: y becomes gain · y (without the bias) + up · down · x.
 
-    `down` fp32 [r, inputs]; `up` fp32 [outputs, r], alpha over rank multiplied in; `gain` fp32 [outputs], None for 1.
+    `down` [r, inputs]; `up` [outputs, r], alpha over rank multiplied in; `gain` fp32 [outputs], None for 1. All fp32 but on their
+    way into a GPU's slots.
     """
 
     down: torch.Tensor
@@ -188,11 +189,11 @@ class LoraSites:
         if (magnitude is None) == config["use_dora"]:
             raise ArtifactError(f"{folder.name}: {path} {'lacks' if config['use_dora'] else 'has'} a magnitude vector")
         alpha = config["alpha_pattern"].get(get_pattern_key(config["alpha_pattern"], path), config["lora_alpha"])
-        device = linear.weight.device
-        home = torch.device("cpu") if self._slots is not None and magnitude is None else device
-        down, up = down.to(home, torch.float32), up.to(home, torch.float32)
         scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
-        up = up if scale == 1 else up * scale
+        if self._slots is not None and magnitude is None:  # a copy follows, and there need be no other
+            return Site(down, up if scale == 1 else up.float() * scale, None)
+        device = linear.weight.device
+        down, up = down.to(device, torch.float32), up.to(device, torch.float32) * scale
         if magnitude is None:
             return Site(down, up, None)
         norm = torch.linalg.vector_norm(dequantized_weight(linear) + up @ down, dim=1)

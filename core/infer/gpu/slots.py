@@ -105,7 +105,9 @@ class DeviceSlots:
         needed = -(-max(shapes.values()) // RANKS)
         if needed > self._table.shape[1]:
             return None
-        pages = torch.zeros(needed, self.layout.elements, dtype=self._dtype, pin_memory=self._copying is not None)
+        is_whole = len(shapes) == len(self.layout.places) and set(shapes.values()) == {needed * RANKS}
+        make = torch.empty if is_whole else torch.zeros
+        pages = make(needed, self.layout.elements, dtype=self._dtype, pin_memory=self._copying is not None)
         counts = torch.zeros(len(self.layout.sites), dtype=torch.int32)
         gains = None
         for path, site in sites:
