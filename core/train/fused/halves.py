@@ -13,12 +13,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from core.models.families import Family, projections_of
+from core.models.joined import Weight
 from core.train.fused.adapters import Adapters
 from core.train.fused.elementwise import Elementwise
 from core.train.fused.ends import Gate, Heads, Norm, Straight, Whole
-from core.train.fused.families import Family, projections_of
 from core.train.fused.projection import Kept, Parameters, Projection
-from core.train.fused.weights import Weight
 
 Tensors = tuple[torch.Tensor | None, ...]
 _OWN = len(Parameters._fields)

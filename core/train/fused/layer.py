@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from core.models.families import Family
 from core.train.fused.adapters import Adapters
 from core.train.fused.elementwise import Elementwise
-from core.train.fused.families import Family
 from core.train.fused.halves import AttentionHalf, Batch, MlpHalf
 from core.train.fused.offload import HostStreams
 from core.train.fused.projection import ADAPTER

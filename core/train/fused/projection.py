@@ -11,10 +11,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from core.models import start
+from core.models.fp8 import Functions8bit
+from core.models.joined import Dense, Weight, join_weights, part_weights, plain_layer, why_not_one
 from core.train.fused.adapters import Adapters, Place, Stacked
 from core.train.fused.elementwise import Elementwise
 from core.train.fused.ends import After, Before
-from core.train.fused.weights import Dense, Weight, join_weights, part_weights, plain_layer, why_not_one
 
 ADAPTER = "default"
 """Name of the adapter that trains."""
@@ -54,7 +55,7 @@ class Projection:
         self, modules: Sequence[torch.nn.Module], before: Before, after: After, adapters: Adapters, ops: Elementwise
     ) -> None:
         self._modules = tuple(modules)
-        self._weight, self._bias = join_weights(modules, ops)
+        self._weight, self._bias = join_weights(modules, Functions8bit(ops.rows_in_8_bits, ops.scaled_in_8_bits, ops.turned_over))
         self._before, self._after = before, after
         self._outputs = [plain_layer(module).out_features for module in modules]
         self._adapted, self._places = self._places_of()
