@@ -39,9 +39,9 @@ class Subject:
 SUBJECTS: dict[str, Subject] = {
     "train": Subject(
         "Training",
-        "`benchmarks/train.py`: a training child as a worker starts it, real tokens a second over a step from its rows to its "
-        "weights, median of 30 steps; rank 16 on all linear modules, no activations kept between steps. The fused tier is "
-        "judged. Commands recorded at commit ecac34a name only the end of their last case; the rows name what ran.",
+        "`benchmarks/train.py`: a training child as a worker starts it, alone on the device, real tokens a second over a step "
+        "from its rows to its weights, median of 30 steps; rank 16 on all linear modules, no activations kept between steps. The "
+        "fused tier is judged. Commands recorded at commit ecac34a name only the end of their last case; the rows name what ran.",
         ("tokens_per_second", "peak_allocated_gib", "loss_fall_on_repeated_documents"),
     ),
     "service": Subject(

@@ -1,15 +1,18 @@
 """Does the plan foretell memory and time? `python -m benchmarks.plan --set judged --models DIR` on a GPU.
 
 Every case is one training child of six steps, as a worker starts it; beside its peak of allocated memory (over everything from
-load on) and the median time of its later steps stands what the plan said before. The coefficients of core/plan/coefficients.py
-are fitted to the cases of FITTING alone (`--fit FILE` prints better ones), frozen by a commit, and then judged by those of
-JUDGED: other cases all, and some on a shape, a rank or a length that fitting never saw. `--table FILE` prints what came out.
+load on) and the median time of its later steps, trained alone on the device (benchmarks/pool.py), stands what the plan said
+before. The coefficients of core/plan/coefficients.py are fitted to the cases of FITTING alone (`--fit FILE` prints better ones),
+frozen by a commit, and then judged by those of JUDGED: other cases all, and some on a shape, a rank or a length that fitting
+never saw. `--table FILE` prints what came out. A run that was cut ends with the `--cases` that are left.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,22 +21,19 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import least_squares
 
-from benchmarks.children import Rows, rows_of, said, short_lengths, train
+from benchmarks.children import Rows, planned_work, rows_of, said, short_lengths
+from benchmarks.pool import Outcome, add_arguments, limits, measure_alone, run_of_work
 from benchmarks.results import FOLDER, Results
-from benchmarks.shapes import SHAPES, config_of, made
-from core.model_folder import read_model_facts
+from benchmarks.shapes import SHAPES, made_all
 from core.plan.coefficients import STANDING, Coefficients, find_gpu
 from core.plan.memory import estimate_memory
-from core.plan.shape import model_shape
 from core.plan.time import step_seconds
-from core.plan.work import Work, work_of
-from core.records import TokenCounts
+from core.plan.work import Work
 from core.spec import JobSpec
 from tests.core.train.runs import write_cache
 
 STEPS = 6
-_FIRST_TIMED = 3
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+WARM_UP = 2
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--set", choices=SETS)
     parser.add_argument("--part", default="1/1", help="i/n: every n-th case, from the i-th on")
+    parser.add_argument("--cases", help="of the set, by their names")
     parser.add_argument("--models", type=Path, help="folder of model folders by shape; what is not there is made there")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
     parser.add_argument("--commit", help="of the tree, where git can't say")
+    add_arguments(parser)
     parser.add_argument("--fit", type=Path, metavar="FILE", help="print coefficients fitted to a result file's fitting cases")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print what the standing coefficients say of a result file")
-    arguments = parser.parse_args()
+    arguments, began = parser.parse_args(), time.monotonic()
     if arguments.fit:
         fit(measurements(arguments.fit, FITTING))
     if arguments.table:
@@ -161,16 +163,37 @@ def main() -> None:
             show_table(name, measurements(arguments.table, cases))
     if arguments.set:
         number, of = map(int, arguments.part.split("/"))
-        run_all(SETS[arguments.set][number - 1 :: of], arguments.models, arguments.out, arguments.commit)
+        chosen = {case.name for case in SETS[arguments.set]} if arguments.cases is None else set(arguments.cases.split(","))
+        if unknown := chosen - {case.name for case in SETS[arguments.set]}:
+            parser.error(f"--cases: {', '.join(sorted(unknown))} is not in the set {arguments.set}")
+        run_all([case for case in SETS[arguments.set][number - 1 :: of] if case.name in chosen], arguments, began)
 
 
-def run_all(cases: list[Case], models: Path | None, out: Path, commit: str | None) -> None:
-    with tempfile.TemporaryDirectory(prefix="strop-plan-") as folder:
-        work = Path(folder)
+def run_all(cases: list[Case], arguments: argparse.Namespace, began: float) -> None:
+    """Add the rows of each case as it is measured. Ends the process with the names of those that could not be."""
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="strop-plan-") as temporary:
+        models = arguments.models or Path(temporary)
+        device = made_all((case.shape for case in cases), models)
+        results = Results("plan", device, folder=arguments.out, commit=arguments.commit)
+        known, runs = {}, []
         for case in sorted(cases, key=lambda case: list(SHAPES).index(case.shape)):
-            model = (models or work) / case.shape
-            device = made(case.shape, model)
-            _run(Results("plan", device, folder=out, commit=commit), case, model, device, work / case.name.replace("/", "-"))
+            work = work_of_case(case, models / case.shape)
+            place = Path(temporary) / case.name.replace("/", "-")
+            cache = write_cache(place / "cache", case.made_rows())
+            model, folder = models / case.shape, place / "run"
+            known[case.name] = case, work
+            runs.append(run_of_work(work, name=case.name, model=model, cache=cache, folder=folder, warm_up=WARM_UP))
+        for outcome in measure_alone(runs, **limits(arguments, began)):
+            case, work = known[outcome.run.name]
+            print(json.dumps({"case": case.name, "planned": work.tier, "said": said(outcome.events)}), flush=True)
+            if outcome.trouble:
+                print(f"{case.name}: {outcome.trouble}", flush=True)
+                failed.append(case.name)
+            else:
+                _add(results, case, work, device, outcome)
+    if failed:
+        sys.exit(f"not measured: --cases {','.join(failed)}")
 
 
 @dataclass(frozen=True)
@@ -196,7 +219,7 @@ def measurements(file: Path, cases: list[Case]) -> list[Measured]:
     return [
         Measured(
             case,
-            planned_work(case, None),
+            work_of_case(case, None),
             gpu,
             found[case.name].get("peak_allocated_gib"),
             found[case.name].get("step_seconds"),
@@ -207,31 +230,8 @@ def measurements(file: Path, cases: list[Case]) -> list[Measured]:
     ]
 
 
-def planned_work(case: Case, model: Path | None) -> Work:
-    """As the control plane would have it, from the registered model's config and the preparer's counts."""
-    if case.shape == "tiny":
-        assert model is not None
-        facts = read_model_facts(model)
-        architecture, config, parameters = facts.architecture, facts.config, facts.parameters
-    else:
-        config = config_of(case.shape)
-        architecture = _ARCHITECTURES[config["model_type"]]
-        shape = model_shape(architecture, config)
-        parameters = shape.layers * (shape.layer_weights + 2 * shape.hidden) + shape.hidden + 2 * shape.head_weights
-    lengths = [(len(ids), sum(mask[1:])) for ids, mask in case.made_rows()]
-    counts = TokenCounts(
-        dataset_id="ds_00000000",
-        rows=len(lengths),
-        examples=len(lengths),
-        tokens=sum(length for length, _ in lengths),
-        trained_tokens=sum(trained for _, trained in lengths),
-        truncated_rows=0,
-        rows_without_target=0,
-        longest=max(length for length, _ in lengths),
-        squared_tokens=sum(length**2 for length, _ in lengths),
-    )
-    spec = case.spec()
-    return work_of(spec, architecture=architecture, parameters=parameters, config=config, counts=[counts], steps=STEPS)
+def work_of_case(case: Case, model: Path | None) -> Work:
+    return planned_work(case.shape, model, case.spec(), case.made_rows(), STEPS)
 
 
 def fit(measured: list[Measured]) -> None:
@@ -307,26 +307,18 @@ def _summary(what: str, errors: list[float]) -> str:
     return f"{what}: p90 of |error| {ninth:.1%}, most under {min(errors):+.1%}, most over {max(errors):+.1%}, n {len(errors)}"
 
 
-def _run(results: Results, case: Case, model: Path, device: str, folder: Path) -> None:
-    work = planned_work(case, model)
-    cache = write_cache(folder / "cache", case.made_rows())
-    events, log = train(model, cache, case.spec(), folder / "run")
-    steps = [event for event in events if event.kind == "step"]
-    print(json.dumps({"case": case.name, "planned": work.tier, "said": said(events)}), flush=True)
-    if len(steps) < STEPS:
-        print(f"{case.name}: ended after {len(steps)} steps\n{log[-2000:]}", flush=True)
-        return
-    tier = next(event.tier for event in events if event.kind == "started")
+def _add(results: Results, case: Case, work: Work, device: str, outcome: Outcome) -> None:
+    tier = next(event.tier for event in outcome.events if event.kind == "started")
     results.add(case.name, "tier_as_planned", float(tier == work.tier), "", better="higher")
     results.add(case.name, "planned_gib", estimate_memory(work).total_gib, "GiB", better="lower")
-    times = [step.step_seconds for step in steps[_FIRST_TIMED - 1 :]]
+    times = [step.step_seconds for step in outcome.timed]
     results.add(case.name, "step_seconds", statistics.median(times), "s", better="lower", n=len(times))
     gpu = find_gpu(device)
     if gpu is not None:
         results.add(case.name, "planned_seconds", step_seconds(work, gpu), "s", better="lower")
-    if steps[-1].peak_allocated_gib is not None:
-        peak = max(step.peak_allocated_gib for step in steps)
-        results.add(case.name, "peak_allocated_gib", peak, "GiB", better="lower")
+    peaks = [step.peak_allocated_gib for step in outcome.steps if step.peak_allocated_gib is not None]
+    if peaks:
+        results.add(case.name, "peak_allocated_gib", max(peaks), "GiB", better="lower")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from core.run import read_run_input
 PROFILED = 3
 _SHOWN = 25
 _SHOWN_HOST = 10
-_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+"""Calls of the host that start something on the device, by how their names begin."""
 _NAME = 100
 _GIB = 1 << 30
 
@@ -58,7 +59,7 @@ def main(run_dir: Path, warm_up: int) -> None:
     for found in profiler.events():
         if found.device_type == DeviceType.CUDA and not found.is_user_annotation:
             kernels.append(Span(found.name, found.time_range.start, found.time_range.end))
-        launches += found.name.startswith(_LAUNCHES)
+        launches += found.name.startswith(LAUNCHES)
     host = [(average.key, average.self_cpu_time_total, average.count) for average in profiler.key_averages()]
     print(report(kernels, host, launches=launches, steps=PROFILED, wall_seconds=wall), flush=True)
     if on_gpu:

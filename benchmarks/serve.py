@@ -9,7 +9,8 @@ side counts, and the spread is that of the pairs. `cold-adapter` is from reading
 first token, over the same for one in memory. `http` streams the 8-adapter wave out of a running endpoint, by a client in another
 process, over the same engine asked directly. `ready` is from the start of the endpoint's process to a token over HTTP.
 
-Models are loaded once for all their cases. `--baseline` puts plain transformers and peft beside each wave, `--loop closed` or
+Models are loaded once for all their cases. `--profile` prints the kernels of a wave's decode steps, their launches and how long
+the GPU has nothing to do. `--baseline` puts plain transformers and peft beside each wave, `--loop closed` or
 `open` with `--rate` the times to first token and between tokens. `train-to-serve` is not here yet: it needs a job's end and the
 parity check in one clock; benchmarks/walk.py has `ended_to_routable_seconds` of a whole service meanwhile.
 """
@@ -104,10 +105,19 @@ class Cases:
         self._speed(servables, clients)
         speeds = [self._speed(servables, clients) for _ in range(self._waves)]
         self._add_median(name, "tokens_per_second", speeds, "tokens/s")
+        if self._arguments.profile:
+            self._profile(name, servables, clients)
         if self._arguments.loop:
             self._loop(name, servables, clients)
         if self._arguments.baseline:
             self._baseline(name, adapters, clients)
+
+    def _profile(self, name: str, servables: list[Any], clients: int) -> None:
+        from benchmarks.waves import profiled
+
+        asked = self._arguments
+        found = profiled(self._bench.engine, servables, self._bench.prompts(clients, asked.prompt_tokens), asked.tokens)
+        print(f"{name}: steps in which all {clients} answers run\n{found}", flush=True)
 
     def _retention(self, name: str, adapters: int) -> None:
         sides = [self._servables(0), self._servables(adapters)]
@@ -236,6 +246,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="of each answer; half of it for N-clients")
     parser.add_argument("--kv-gib", type=float, default=6.0, help="room for keys and values")
     parser.add_argument("--baseline", action="store_true", help="plain transformers and peft beside each wave")
+    parser.add_argument("--profile", action="store_true", help="print where the time of a wave's decode steps goes")
     parser.add_argument("--loop", choices=["open", "closed"], help="times to first token and between tokens beside each wave")
     parser.add_argument("--rate", type=float, default=8.0, help="requests a second of the open loop")
     parser.add_argument("--requests", type=int, default=256, help="of a loop")

@@ -5,6 +5,8 @@ Speed and memory don't depend on what the weights say. The tokenizer is the test
 
 import subprocess
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,15 @@ def made(shape: str, folder: Path) -> str:
         program = [sys.executable, "-W", "ignore", "-m", "benchmarks.shapes", shape, str(folder)]
     said = subprocess.run(program, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     return said.strip().splitlines()[-1]
+
+
+def made_all(shapes: Iterable[str], models: Path) -> str:
+    """Build the folders `models/<shape>` that don't stand yet, side by side; return the device's name."""
+    wanted = list(dict.fromkeys(shapes))
+    missing = [shape for shape in wanted if not (models / shape / "config.json").is_file()]
+    with ThreadPoolExecutor() as threads:
+        names = list(threads.map(lambda shape: made(shape, models / shape), missing or wanted[:1]))
+    return names[0]
 
 
 def device_name(wanted: str = "auto") -> str:

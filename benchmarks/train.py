@@ -3,38 +3,41 @@
 A case is shape/method/targets/documents. Every tier of it is one training child as a worker starts it, so a step's time is what
 the job's own events say: from its rows to its weights. Short documents have some 130 tokens (log-normal), long ones some 2,048;
 the share that is prompt, and carries no loss, is uniform over 0.3 to 0.7. All documents of a step are in memory at once on the
-packed and fused tiers, and by nines on the plain one. Speed is the median over the steps after the fifth, of all real tokens;
-then the same tier trains one step's documents again and again, and the loss must fall. A tier that fails takes no other's rows
-with it. `--profile` leaves a text of where a step's time goes in results/profiles.
+packed and fused tiers, and by nines on the plain one.
+
+Children are set up side by side and train one by one, each alone on the device (benchmarks/pool.py). A child first trains one
+step's documents again and again, and the loss must fall; then a few steps of other documents, so that kernels are there for
+every length; then the steps that are timed. Speed is their median, of all real tokens; each has documents of its own. A tier
+that fails takes no other's rows with it. `--profile` leaves a text of where a step's time goes in results/profiles, from a
+process of its own after all else.
 """
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.children import Rows, rows_of, said, short_lengths, train
+from benchmarks.children import Rows, in_training_order, planned_work, rows_of, said, short_lengths
+from benchmarks.pool import Outcome, Run, add_arguments, limits, measure_alone, run_of_work
 from benchmarks.results import FOLDER, ROOT, Results
-from benchmarks.shapes import made
+from benchmarks.shapes import made_all
 from core.catalog import Tier
 from core.run import RUN_FILE
 from core.spec import JobSpec
 from tests.core.train.runs import run_input, write_cache
 
+REPEATED = 12
 WARM_UP = 5
 TIMED = 30
-REPEATED = 12
 _PLAIN_ROWS = 9
 _QUANTIZATION = {"qlora": "nf4", "fp8lora": "fp8"}
 _LONGEST = {"short": 512, "long": 4096}
@@ -49,10 +52,6 @@ class Case:
     """Tokens a second on one H100 80GB, of the best tier."""
     gib: float | None = None
     """Most that may be allocated at once."""
-
-
-class NoMeasurementError(Exception):
-    """A child did something else than what was to be measured, or ended early; the message has its words and its log's end."""
 
 
 CASES = {
@@ -76,56 +75,69 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--tiers", default=",".join(TIERS))
-    parser.add_argument("--repeated", default=",".join(TIERS), help="tiers that train the repeated documents too")
-    parser.add_argument("--limit-seconds", type=float, default=math.inf, help="no tier of a case is begun after that")
+    parser.add_argument("--timed", type=int, default=TIMED, help="steps of a median; fewer are allowed where only plain is timed")
     parser.add_argument("--profile", action="store_true", help="profile a few steps of each tier too, in a process of its own")
     parser.add_argument("--models", type=Path, help="where model folders are made, or stand already")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file")
     parser.add_argument("--commit", help="of the tree, where git can't say")
-    arguments = parser.parse_args()
-    failed, began = [], time.monotonic()
+    add_arguments(parser)
+    arguments, began = parser.parse_args(), time.monotonic()
+    cases, tiers = arguments.cases.split(","), arguments.tiers.split(",")
+    if arguments.timed < TIMED and tiers != ["plain"]:
+        parser.error(f"--timed {arguments.timed}: what is judged is timed over {TIMED} steps; ask for --tiers plain alone")
     with tempfile.TemporaryDirectory(prefix="strop-train-") as temporary:
         work = Path(temporary)
-        for case in arguments.cases.split(","):
-            model = (arguments.models or work) / case.split("/")[0]
-            results = Results("train", made(case.split("/")[0], model), folder=arguments.out, commit=arguments.commit)
-            for tier in arguments.tiers.split(","):
-                folder = work / case.replace("/", "-") / tier
-                if time.monotonic() - began > arguments.limit_seconds:
-                    failed.append(f"{case} on {tier}: not begun, {arguments.limit_seconds:.0f} s are over")
-                    continue
-                try:
-                    failed += _measure(results, case, tier, model, folder)
-                    if tier in arguments.repeated.split(","):
-                        failed += _repeat(results, case, tier, model, folder)
-                    if arguments.profile:
-                        failed += _profile(results, case, tier, model, folder)
-                    print(f"{time.monotonic() - began:.0f} s after the beginning", flush=True)
-                except NoMeasurementError as error:
-                    failed.append(f"{case} on {tier}: {error}")
-                except Exception as error:
-                    traceback.print_exc()
-                    failed.append(f"{case} on {tier}: {type(error).__name__}: {error}")
+        models = arguments.models or work
+        device = made_all((case.split("/")[0] for case in cases), models)
+        results = Results("train", device, folder=arguments.out, commit=arguments.commit)
+        runs = [run_of(case, tier, arguments.timed, models, work) for case in cases for tier in tiers]
+        failed = []
+        for outcome in measure_alone(runs, **limits(arguments, began)):
+            failed += _add(results, outcome)
+            print(f"{time.monotonic() - began:.0f} s after the beginning", flush=True)
+        for run in runs if arguments.profile else ():
+            if time.monotonic() - began > arguments.limit_seconds:
+                failed.append(f"profile of {run.name}: not begun, {arguments.limit_seconds:.0f} s are over")
+            else:
+                failed += _profile(results, run)
     if failed:
         sys.exit("; ".join(failed))
 
 
-def _measure(results: Results, name: str, tier: Tier, model: Path, folder: Path) -> list[str]:
-    """Add the rows of one tier; what is wrong with them, in words. Raises NoMeasurementError."""
-    case, length = CASES[name], name.split("/")[3].split("-")[0]
-    rows = documents(case.rows * (WARM_UP + TIMED), length)
-    events, log = train(model, write_cache(folder / "tokens", rows), spec_of(name, tier, WARM_UP + TIMED), folder / "run")
-    steps = [event for event in events if event.kind == "step"]
-    started = [event for event in events if event.kind == "started"]
-    if len(steps) < WARM_UP + TIMED or started[0].tier != tier:
-        raise NoMeasurementError(f"{'; '.join(said(events))}\n{log[-2000:]}")
-    print(json.dumps({"case": name, "tier": tier, "said": said(events)}), flush=True)
-    problems = [f"{name} on {tier}: step {step.step} has no gradient" for step in steps if not step.grad_norm > 0]
-    timed = steps[WARM_UP:]
-    speeds = [step.tokens_per_second for step in timed]
+def run_of(name: str, tier: Tier, timed: int, models: Path, work: Path) -> Run:
+    """The child of a tier of a case; its rows are written below `work`."""
+    shape, _, _, how = name.split("/")
+    steps = REPEATED + WARM_UP + timed
+    rows = CASES[name].rows
+    distinct = documents(rows * (steps - REPEATED + 1), how.split("-")[0])
+    trained = [*distinct[:rows] * REPEATED, *distinct[rows:]]
+    model, folder = models / shape, work / name.replace("/", "-") / tier
+    spec = spec_of(name, tier, steps)
+    cache = write_cache(folder / "tokens", in_training_order(trained, spec))
+    planned = planned_work(shape, model, spec, trained, steps)
+    run_dir, warm_up = folder / "run", REPEATED + WARM_UP
+    return run_of_work(planned, name=f"{name}/{tier}", model=model, cache=cache, folder=run_dir, warm_up=warm_up)
+
+
+def _add(results: Results, outcome: Outcome) -> list[str]:
+    """Add the rows of one tier; what is wrong with them, in words."""
+    row = outcome.run.name
+    name, _, tier = row.rpartition("/")
+    if outcome.trouble:
+        return [f"{name} on {tier}: {outcome.trouble}"]
+    case = CASES[name]
+    steps = outcome.steps
+    started = next(event for event in outcome.events if event.kind == "started")
+    repeated = steps[:REPEATED]
+    print(json.dumps({"case": name, "tier": tier, "said": said(outcome.events)}), flush=True)
+    if started.tier != tier:
+        return [f"{name} on {tier}: {'; '.join(said(outcome.events))}"]
+    if {step.tokens for step in repeated} != {steps[0].tokens}:
+        return [f"{name} on {tier}: the first {REPEATED} steps did not train the same documents"]
+    problems = [f"{name} on {tier}: step {step.step} has no gradient" for step in steps[REPEATED:] if not step.grad_norm > 0]
+    speeds = [step.tokens_per_second for step in outcome.timed]
     quartiles = statistics.quantiles(speeds, n=4)
-    spread = (quartiles[2] - quartiles[0]) / 2
-    row, n = f"{name}/{tier}", len(speeds)
+    n = len(speeds)
     is_judged = tier == "fused"
     results.add(
         row,
@@ -134,46 +146,33 @@ def _measure(results: Results, name: str, tier: Tier, model: Path, folder: Path)
         "tokens/s",
         better="higher",
         n=n,
-        spread=spread,
+        spread=(quartiles[2] - quartiles[0]) / 2,
         must=case.must if is_judged else None,
         aim=case.aim if is_judged else None,
     )
-    results.add(row, "tokens_per_step", statistics.mean(step.tokens for step in timed), "tokens", better="higher", n=n)
+    results.add(row, "tokens_per_step", statistics.mean(step.tokens for step in outcome.timed), "tokens", better="higher", n=n)
     peaks = [step.peak_allocated_gib for step in steps if step.peak_allocated_gib is not None]
     if peaks:
         results.add(row, "peak_allocated_gib", max(peaks), "GiB", better="lower", must=case.gib if is_judged else None)
+    first, last = repeated[0].loss, repeated[-1].loss
+    results.add(row, "loss_fall_on_repeated_documents", first - last, "nats", better="higher", n=REPEATED)
+    if not last < first:
+        problems.append(f"{name} on {tier}: the loss of repeated documents went from {first:.4f} to {last:.4f}")
     return problems
 
 
-def _repeat(results: Results, name: str, tier: Tier, model: Path, folder: Path) -> list[str]:
-    """Add what the loss of one step's documents falls by when they are trained again and again; what is wrong with that.
-
-    Raises NoMeasurementError.
-    """
-    repeated = write_cache(folder / "repeated", documents(CASES[name].rows, name.split("/")[3].split("-")[0]))
-    again, log = train(model, repeated, spec_of(name, tier, REPEATED), folder / "again")
-    losses = [event.loss for event in again if event.kind == "step"]
-    if len(losses) < REPEATED:
-        raise NoMeasurementError(f"repeated documents: {'; '.join(said(again))}\n{log[-2000:]}")
-    fall = losses[0] - losses[-1]
-    results.add(f"{name}/{tier}", "loss_fall_on_repeated_documents", fall, "nats", better="higher", n=REPEATED)
-    if not fall > 0:
-        return [f"{name} on {tier}: the loss of repeated documents went from {losses[0]:.4f} to {losses[-1]:.4f}"]
-    return []
-
-
-def _profile(results: Results, name: str, tier: Tier, model: Path, folder: Path) -> list[str]:
-    """Leave a profile of a few steps over the documents that were measured; what went wrong, in words."""
-    run_dir = folder / "profile"
-    run_dir.mkdir()
-    run = run_input(model, folder / "tokens", spec_of(name, tier, WARM_UP + TIMED)).model_copy(update={"device": "auto"})
-    (run_dir / RUN_FILE).write_text(run.model_dump_json())
-    program = [sys.executable, "-W", "ignore", "-m", "benchmarks.profile", str(run_dir), str(WARM_UP)]
+def _profile(results: Results, run: Run) -> list[str]:
+    """Leave a profile of a few of the timed steps' documents; what went wrong, in words."""
+    run_dir = run.folder.with_name("profile")
+    run_dir.mkdir(parents=True)
+    asked = run_input(run.model, run.cache, run.spec).model_copy(update={"device": "auto"})
+    (run_dir / RUN_FILE).write_text(asked.model_dump_json())
+    program = [sys.executable, "-W", "ignore", "-m", "benchmarks.profile", str(run_dir), str(run.warm_up)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.stdout:
-        print(f"profile: {results.text(f'{name}/{tier}'.replace('/', '-'), done.stdout)}", flush=True)
-    return [f"profile of {name} on {tier}: {done.stderr[-2000:]}"] if done.returncode != 0 else []
+        print(f"profile: {results.text(run.name.replace('/', '-'), done.stdout)}", flush=True)
+    return [f"profile of {run.name}: {done.stderr[-2000:]}"] if done.returncode != 0 else []
 
 
 def documents(count: int, length: str) -> Rows:

@@ -16,8 +16,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
+from benchmarks.profile import LAUNCHES, Span, report
 from core.infer.adapters import AdaptedBase
-from core.infer.engine import RUNNING, Engine
+from core.infer.engine import GPU_STEP_TOKENS, RUNNING, STEP_TOKENS, Engine
 from core.infer.progress import End, Token
 from core.infer.sampling import Sampling
 from core.infer.servable import Servable
@@ -69,7 +70,13 @@ class Bench:
         if self.host.runner is None:
             raise NoMeasurementError(f"{folder.name}: packed steps can't express this model")
         self.base = Servable(self.host, folder)
-        self.engine = Engine(max_waiting=max(64, most_clients), running=max(RUNNING, most_clients))
+        print(self.host.runner.form, flush=True)
+        self.host.runner.warm_up(most_clients)
+        self.engine = Engine(
+            max_waiting=max(64, most_clients),
+            running=max(RUNNING, most_clients),
+            step_tokens=GPU_STEP_TOKENS if self.host.model.device.type == "cuda" else STEP_TOKENS,
+        )
         self._rng = np.random.default_rng(seed)
 
     def close(self) -> None:
@@ -151,6 +158,51 @@ def opened(
     for _ in prompts:
         _check(ended.get(), tokens)
     return asked
+
+
+def profiled(engine: Engine, servables: Sequence[Servable], prompts: Sequence[list[int]], tokens: int) -> str:
+    """Where the time of steps goes in which all answers run: kernels, launches of a step, how long the GPU has nothing to do."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    ended: queue.Queue[Asked] = queue.Queue()
+    on_gpu = torch.cuda.is_available()
+    profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
+    asked = [Asked(time.perf_counter(), ended.put) for _ in prompts]
+
+    def begin() -> tuple[float, int]:
+        profiler.start()
+        return time.perf_counter(), len(asked[0].stamps)
+
+    def end() -> tuple[float, int]:
+        if on_gpu:
+            torch.cuda.synchronize()
+        moment = time.perf_counter(), len(asked[0].stamps)
+        profiler.stop()
+        return moment
+
+    def wait(count: int) -> None:
+        while min(len(one.stamps) for one in asked) < count and ended.empty():
+            time.sleep(0.001)
+
+    for number, (one, prompt) in enumerate(zip(asked, prompts, strict=True)):
+        engine.submit(servables[number % len(servables)], prompt, greedy(tokens), one)
+    wait(tokens // 2)
+    # The last steps before the profiler's, which slows the host down.
+    gaps = sorted(np.diff(asked[0].stamps[1:]).tolist())
+    began, first = engine.call(begin)
+    wait(tokens * 3 // 4)
+    stopped, last = engine.call(end)
+    for _ in asked:
+        _check(ended.get(), tokens)
+    kernels, launches = [], 0
+    for found in profiler.events() or ():
+        if found.device_type == DeviceType.CUDA and not found.is_user_annotation:
+            kernels.append(Span(found.name, found.time_range.start, found.time_range.end))
+        launches += found.name.startswith(LAUNCHES)
+    host = [(average.key, average.self_cpu_time_total, average.count) for average in profiler.key_averages()]
+    usual = f"a step takes {gaps[len(gaps) // 2] * 1e3:.2f} ms without the profiler (median); with it:"
+    return f"{usual}\n{report(kernels, host, launches=launches, steps=max(1, last - first), wall_seconds=stopped - began)}"
 
 
 def _check(asked: Asked, tokens: int) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from core.infer.engine import Engine
+from core.infer.engine import GPU_STEP_TOKENS, STEP_TOKENS, Engine
 from core.models.load import pick_device
 from serving.access import Serving
-from serving.bases import resolve_bases
+from serving.bases import Room, resolve_bases
 from serving.body_limit import BodyLimit
 from serving.deployments import Follower, Signature
 from serving.directory import Directory
@@ -38,12 +38,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         try:
             with database.transaction() as session:
                 wanted = resolve_bases(session, chosen.bases)
-            engine, directory = Engine(), Directory()
+            tokens = GPU_STEP_TOKENS if device.type == "cuda" else STEP_TOKENS
+            engine, directory = Engine(running=chosen.serving_running, step_tokens=tokens), Directory()
             follower = Follower(
                 wanted=wanted,
                 models_folder=chosen.models_folder,
                 gpu_gib=chosen.serving_gpu_gib,
-                kv_gib=chosen.serving_kv_gib,
+                room=Room(chosen.serving_kv_gib, chosen.serving_adapter_gib, chosen.serving_running),
                 device=device,
                 database=database,
                 storage=Storage(chosen.storage, chosen.scratch_folder),

@@ -5,6 +5,7 @@ that the endpoint serves the weights that jobs were trained on; a word that can'
 is wrong at once.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,18 @@ from store.deployments import RegisteredModel, find_models
 
 _QUANTIZATIONS = tuple(name for name in get_args(Quantization) if name != "none")
 _PRECISIONS = get_args(ComputeDtype)
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a base may take of the GPU: GiB for keys and values and for adapters, requests at once."""
+
+    kv_gib: float
+    adapter_gib: float
+    running: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ def resolve_bases(session: Session, words: Sequence[str]) -> list[WantedBase]:
     return [WantedBase(word, found[name], quantization, precision) for word, name, quantization, precision in parsed]
 
 
-def load_wanted(wanted: WantedBase, models_folder: Path, device: torch.device, *, kv_gib: float) -> Servable:
+def load_wanted(wanted: WantedBase, models_folder: Path, device: torch.device, *, room: Room) -> Servable:
     """Load a base and its tokenizer. Slow: seconds to minutes. Raises ArtifactError for code that is not the registered one."""
     folder = models_folder / wanted.model.folder
     if wanted.model.allow_remote_code:
@@ -77,7 +90,11 @@ def load_wanted(wanted: WantedBase, models_folder: Path, device: torch.device, *
         device=device,
         allow_remote_code=wanted.model.allow_remote_code,
     )
-    return Servable(AdaptedBase(loaded, kv_gib=kv_gib), folder)
+    host = AdaptedBase(loaded, kv_gib=room.kv_gib, adapter_gib=room.adapter_gib)
+    if host.runner is not None:
+        logger.info("%s: %s", wanted.word, host.runner.form)
+        host.runner.warm_up(room.running)
+    return Servable(host, folder)
 
 
 def limit_gpu_memory(device: torch.device, gib: float | None) -> None:

@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from core.errors import StropError
 from core.infer.engine import Engine
 from core.infer.servable import Servable
-from serving.bases import WantedBase, limit_gpu_memory, load_wanted
+from serving.bases import Room, WantedBase, limit_gpu_memory, load_wanted
 from serving.directory import Directory, Loading, NotServed, VersionKey
 from serving.verify import Verdict, bring_up, release
 from store.adapters import CHANNEL
@@ -50,7 +50,7 @@ class Follower:
         wanted: Sequence[WantedBase],
         models_folder: Path,
         gpu_gib: float | None,
-        kv_gib: float,
+        room: Room,
         device: torch.device,
         database: Database,
         storage: Storage,
@@ -62,7 +62,7 @@ class Follower:
         self._wanted = wanted
         self._models_folder = models_folder
         self._gpu_gib = gpu_gib
-        self._kv_gib = kv_gib
+        self._room = room
         self._device = device
         self._database = database
         self._storage = storage
@@ -93,7 +93,7 @@ class Follower:
             for wanted in self._wanted:
                 if self._stopping.is_set():
                     return
-                self._directory.add_base(wanted.word, load_wanted(wanted, self._models_folder, self._device, kv_gib=self._kv_gib))
+                self._directory.add_base(wanted.word, load_wanted(wanted, self._models_folder, self._device, room=self._room))
         except Exception as error:
             logger.exception("the bases can't be loaded")
             self.problem = f"a base can't be loaded: {error}"

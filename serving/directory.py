@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from core.errors import NotFound, Problem, Unavailable
+from core.infer.lora import LoraWeights
 from core.infer.servable import Servable
 from store.deployments import DesiredVersion
 
@@ -118,6 +119,15 @@ class Directory:
             versions = self._versions.values()
             return lines + [
                 (version.project_id, str(version)) for version, standing in versions if isinstance(standing, Servable)
+            ]
+
+    def adapters(self) -> list[tuple[tuple[str, str], LoraWeights]]:
+        """(label, adapter) of every version that packed steps answer."""
+        with self._lock:
+            return [
+                ((version.project_id, str(version)), standing.weights)
+                for version, standing in self._versions.values()
+                if isinstance(standing, Servable) and standing.weights is not None
             ]
 
     def listing(self, project_id: str) -> list[Listed]:

@@ -7,6 +7,7 @@ at the next scrape. Times are those of this process's readers, so they hold the 
 import time
 from collections import Counter as Tally
 from collections.abc import Iterable
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -19,6 +20,14 @@ ModelLabel = tuple[str, str]
 _LABELS = ("project", "model")
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+
+
+class Residency(Protocol):
+    """An adapter that is copied to a GPU when it is asked."""
+
+    is_resident: bool
+    loads: int
+    evictions: int
 
 
 class Meters:
@@ -43,6 +52,15 @@ class Meters:
         )
         self._waiting_gauge = Gauge("strop_serving_waiting", "Choices without a first token yet.", _LABELS, registry=registry)
         self._running_gauge = Gauge("strop_serving_running", "Choices being generated.", _LABELS, registry=registry)
+        self._resident_gauge = Gauge(
+            "strop_serving_adapter_resident", "1 where the adapter lies on the GPU now.", _LABELS, registry=registry
+        )
+        self._loads_gauge = Gauge(
+            "strop_serving_adapter_loads", "Times it was copied to the GPU since it was deployed.", _LABELS, registry=registry
+        )
+        self._evictions_gauge = Gauge(
+            "strop_serving_adapter_evictions", "Times it had to leave the GPU for another.", _LABELS, registry=registry
+        )
         self.waiting: Tally[ModelLabel] = Tally()
         self.running: Tally[ModelLabel] = Tally()
         self._outcomes: set[tuple[str, str, str]] = set()
@@ -51,6 +69,15 @@ class Meters:
         """One choice is over: stop, length, failed, cancelled, or queue_full where it was never begun."""
         self._outcomes.add((*label, outcome))
         self.requests.labels(*label, outcome).inc()
+
+    def adapters(self, staged: Iterable[tuple[ModelLabel, Residency]]) -> None:
+        """What is known of the adapters that are served now and live in slots of a GPU; of others nothing is told."""
+        for gauge in (self._resident_gauge, self._loads_gauge, self._evictions_gauge):
+            gauge.clear()
+        for label, one in staged:
+            self._resident_gauge.labels(*label).set(one.is_resident)
+            self._loads_gauge.labels(*label).set(one.loads)
+            self._evictions_gauge.labels(*label).set(one.evictions)
 
     def render(self, served: Iterable[ModelLabel]) -> bytes:
         """The exposition text; what is not of `served` and has nothing under way is forgotten."""

@@ -122,7 +122,7 @@ def _same_ids(facts: AdapterFacts, record: ParityRecord, servable: Servable) -> 
 def _same_modules(record: ParityRecord, servable: Servable, traces: dict[str, Trace], limits: Allowed) -> Check:
     touched: dict[str, Literal["lora", "dora", "whole"]] = {}
     if servable.weights is not None:
-        touched = {path: site.kind for path, site in servable.weights.sites.items()}
+        touched = dict(servable.weights.kinds)
     elif servable.adapter is not None:
         touched = {module.path: module.kind for module in touched_modules(servable.host.model, servable.adapter)}
     recorded = {module.path: module.kind for module in record.modules}

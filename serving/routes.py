@@ -37,6 +37,8 @@ def models(serving: ServingDep, caller: CallerDep) -> ModelList:
     summary="Numbers per base and adapter version, for Prometheus; needs the scope metrics:read",
 )
 async def metrics(serving: ServingDep, caller: CollectorDep) -> Response:
+    adapters = serving.directory.adapters()
+    serving.meters.adapters((label, weights.staged) for label, weights in adapters if weights.staged is not None)
     return Response(serving.meters.render(serving.directory.labels()), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -71,6 +71,8 @@ def release(servable: Servable) -> None:
     """Take a version out of memory. A full model goes with the last reference to it."""
     if servable.adapter is not None:
         servable.host.unload(servable.adapter)
+    if servable.weights is not None and servable.host.runner is not None:
+        servable.host.runner.sites.forget(servable.weights)
 
 
 def _manifest(folder: Path, sha256: str, verdict: Verdict) -> AdapterFacts:
@@ -149,7 +151,7 @@ def _load_full(folder: Path, facts: AdapterFacts, base: AdaptedBase, device: tor
         precision=facts.base.compute_dtype,
         device=device,
     )
-    return Servable(AdaptedBase(loaded, kv_gib=base.kv_gib), folder)
+    return Servable(AdaptedBase(loaded, kv_gib=base.kv_gib, adapter_gib=0), folder)
 
 
 def _template(facts: AdapterFacts, servable: Servable, verdict: Verdict) -> None:

@@ -68,6 +68,12 @@ class Settings(BaseSettings):
     serving_kv_gib: float = _env(
         "STROP_SERVING_KV_GIB", 2.0, "Of it, what keys and values of running requests may take, per base or full model."
     )
+    serving_adapter_gib: float = _env(
+        "STROP_SERVING_ADAPTER_GIB",
+        4.0,
+        "Of it, what LoRA adapters that are asked may take, per base; others wait in RAM.",
+    )
+    serving_running: int = _env("STROP_SERVING_RUNNING", 64, "Requests that one base answers at once.")
     poll_seconds: float = _env("STROP_POLL_SECONDS", 5.0, "How often an endpoint looks for deployments it was not notified of.")
     endpoint_name: str = _env("STROP_ENDPOINT_NAME", "endpoint", "Name an endpoint signs its receipts with.")
 

@@ -8,18 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def add_lora(model_folder: Path, folder: Path, seed: int, *, scale: float = 0.3, rank: int = 4) -> Path:
-    """Write an adapter whose weights are random and large enough to change greedy answers; `scale` 0 does nothing."""
+def add_lora(
+    model_folder: Path, folder: Path, seed: int, *, scale: float = 0.3, rank: int = 4, targets: Any = TARGETS, **options: Any
+) -> Path:
+    """Write an adapter whose weights are random and large enough to change greedy answers; `scale` 0 does nothing. `options`
+    are peft's."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM"))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM", **options)
+    adapted = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:

@@ -1,14 +1,14 @@
 """Attention of a packed step: tokens of many requests in one row, each seeing its own request's pages and no other.
 
 Registered with transformers as an attention implementation, so that the model classes run unchanged; where tokens belong
-comes with the step as the argument `paged`. Here the requests are walked one by one with torch's attention, on any device:
-the definition, without padding, and what a request gets does not depend on the requests beside it.
+comes with the step as the argument `paged`, which answers. `PagedStep` walks the requests one by one with torch's attention,
+on any device: the definition, without padding, and what a request gets does not depend on the requests beside it.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -30,11 +30,20 @@ class KeyValues:
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """`keys` and `values` [T, H_kv, D] go to `slots` int64 [T]."""
-        if layer not in self._layers:
-            self._layers[layer] = (keys.new_empty(self.slots, *keys.shape[1:]), values.new_empty(self.slots, *values.shape[1:]))
-        kept_keys, kept_values = self._layers[layer]
+        kept_keys, kept_values = self.at(layer, *keys.shape[1:], like=keys)
         kept_keys[slots] = keys
         kept_values[slots] = values
+
+    def at(self, layer: int, heads: int, width: int, *, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer [slots, H_kv, D], made where they are not there yet, on the device and of the dtype of
+        `like`."""
+        if layer not in self._layers:
+            self._layers[layer] = (like.new_empty(self.slots, heads, width), like.new_empty(self.slots, heads, width))
+        return self._layers[layer]
+
+    def of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of a layer that has been written to."""
+        return self._layers[layer]
 
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [H_kv, len(slots), D] of a context."""
@@ -52,6 +61,16 @@ class Span:
     slots: torch.Tensor
 
 
+class Paged(Protocol):
+    """A step, as attention asks it."""
+
+    def write_and_attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """query [T, H, D], key and value [T, H_kv, D] of the step's tokens -> [T, H, D]."""
+        ...
+
+
 @dataclass(frozen=True)
 class PagedStep:
     """Where the tokens of a step belong: `written` int64 [T] is the slot of each."""
@@ -59,6 +78,32 @@ class PagedStep:
     written: torch.Tensor
     spans: Sequence[Span]
     store: KeyValues
+
+    def write_and_attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        self.store.write(layer, self.written, key, value)
+        query = query.transpose(0, 1)[None]
+        has_groups = query.shape[1] != key.shape[1]
+        parts = []
+        for span in self.spans:
+            keys, values = self.store.read(layer, span.slots)
+            asked, there = span.end - span.begin, len(span.slots)
+            mask = None
+            if 1 < asked < there:  # the later part of a prompt: all that is before it, and itself up to each token
+                mask = torch.ones(asked, there, dtype=torch.bool, device=query.device).tril(there - asked)
+            parts.append(
+                scaled_dot_product_attention(
+                    query[:, :, span.begin : span.end],
+                    keys[None],
+                    values[None],
+                    attn_mask=mask,
+                    is_causal=asked == there,
+                    scale=scale,
+                    enable_gqa=has_groups,
+                )
+            )
+        return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
 
 @contextmanager
@@ -80,34 +125,16 @@ def _attend(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
-    paged: PagedStep | None = None,
+    paged: Paged | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, H, T, D], key and value [1, H_kv, T, D] -> [1, T, H, D]."""
     if paged is None:
         raise ValueError(f"{type(module).__name__} does not hand the places of a packed step to its attention")
     layer: Any = module.layer_idx
-    paged.store.write(layer, paged.written, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    has_groups = query.shape[1] != key.shape[1]
-    parts = []
-    for span in paged.spans:
-        keys, values = paged.store.read(layer, span.slots)
-        asked, there = span.end - span.begin, len(span.slots)
-        mask = None
-        if 1 < asked < there:  # the later part of a prompt: all that is before it, and itself up to each token
-            mask = torch.ones(asked, there, dtype=torch.bool, device=query.device).tril(there - asked)
-        parts.append(
-            scaled_dot_product_attention(
-                query[:, :, span.begin : span.end],
-                keys[None],
-                values[None],
-                attn_mask=mask,
-                is_causal=asked == there,
-                scale=scaling,
-                enable_gqa=has_groups,
-            )
-        )
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    return paged.write_and_attend(layer, query, key, value, scale)[None], None
 
 
 AttentionInterface.register(PAGED, _attend)

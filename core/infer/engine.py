@@ -27,8 +27,9 @@ from core.infer.ticket import Item, Ticket
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-STEP_TOKENS = 512
-"""Tokens of a step: more read prompts faster, and make those who wait for their next token wait longer."""
+STEP_TOKENS, GPU_STEP_TOKENS = 512, 2048
+"""Tokens of a step: more read prompts faster, and make those who wait for their next token wait longer. On a GPU 2,048 of an 8B
+model are some 60 ms."""
 RUNNING = 64
 """Requests that one base answers at once."""
 

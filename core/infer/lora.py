@@ -6,11 +6,11 @@ do nothing outside a step, so peft can wrap the same modules beside them.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -22,12 +22,16 @@ from core.models.canonical import beyond_lora, check_keys, read_config
 from core.models.load import dequantized_weight
 from core.models.traces import Trace
 
+Kind = Literal["lora", "dora"]
+Residence = Literal["here", "coming", "no-room"]
+
 
 @dataclass(frozen=True)
 class Site:
     """What an adapter does to one linear module: y becomes gain · y (without the bias) + up · down · x.
 
-    `down` fp32 [r, inputs]; `up` fp32 [outputs, r], alpha over rank multiplied in; `gain` fp32 [outputs], None for 1.
+    `down` [r, inputs]; `up` [outputs, r], alpha over rank multiplied in; `gain` fp32 [outputs], None for 1. All fp32 but on their
+    way into a GPU's slots.
     """
 
     down: torch.Tensor
@@ -35,30 +39,61 @@ class Site:
     gain: torch.Tensor | None
 
     @property
-    def kind(self) -> Literal["lora", "dora"]:
+    def kind(self) -> Kind:
         return "lora" if self.gain is None else "dora"
 
 
 @dataclass(frozen=True, eq=False)
 class LoraWeights:
-    """An adapter in memory: module path -> site. `digest` is its folder's."""
+    """An adapter in memory: module path -> site. `digest` is its folder's.
+
+    Where a GPU has slots for adapters, `staged` is what is copied into one, and `sites` is empty.
+    """
 
     digest: str
+    kinds: dict[str, Kind]
     sites: dict[str, Site]
+    staged: Any = None
+
+
+class Slots(Protocol):
+    """Room for adapters on a GPU."""
+
+    def staged(self, shapes: Mapping[str, int], sites: Iterable[tuple[str, Site]]) -> Any:
+        """What is copied into a slot, made of the sites one by one; `shapes` are their ranks. None where none is large enough."""
+        ...
+
+    def prefetch(self, weights: LoraWeights) -> None:
+        """Begin to copy it, where there is room."""
+        ...
+
+    def forget(self, weights: LoraWeights) -> None:
+        """It is served no longer."""
+        ...
+
+
+class Adds(Protocol):
+    """What adds the adapters of a step on a GPU."""
+
+    def add(self, path: str, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """To y [T, outputs], which the module at `path` made of x [T, inputs]."""
+        ...
 
 
 class LoraSites:
     """The linear modules of one base, by path, and the adapters of the step that runs."""
 
-    def __init__(self, model: Any) -> None:
-        """`model` is the bare base, before anything is wrapped."""
+    def __init__(self, model: Any, slots: Slots | None = None) -> None:
+        """`model` is the bare base, before anything is wrapped; `slots` is where a GPU has adapters."""
         self._model = model
+        self._slots = slots
         self._linear = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         # It is given the last token of each request alone: rows that are not the step's.
         self._head = model.get_output_embeddings()
         self._hooked: set[str] = set()
         self._segments: Sequence[tuple[int, int, LoraWeights]] = ()
-        self._traces: dict[str, Trace] | None = None
+        self._adds: Adds | None = None
+        self.traces: dict[str, Trace] | None = None
 
     def read(self, folder: Path, digest: str) -> LoraWeights | None:
         """Read an adapter folder; None where it asks for more than LoRA or DoRA below the head. Touches no module.
@@ -81,41 +116,57 @@ class LoraSites:
         missing = sorted(self._targets(config) - set(paths))
         if missing:
             raise ArtifactError(f"{folder.name}: its config names {missing[0]}, and no weights are there for it")
-        return LoraWeights(digest, {path: self._site(folder, path, config, stored) for path in paths})
+        kinds: dict[str, Kind] = dict.fromkeys(paths, "dora" if config["use_dora"] else "lora")
+        sites = ((path, self._site(folder, path, config, stored)) for path in paths)
+        if self._slots is None:
+            return LoraWeights(digest, kinds, dict(sites))
+        ranks = {path: len(stored[f"{PREFIX}{path}.lora_A.weight"]) for path in paths}
+        staged = self._slots.staged(ranks, sites)
+        return None if staged is None else LoraWeights(digest, kinds, {}, staged)
 
     def install(self, weights: LoraWeights) -> None:
         """Make its modules ready. Between two steps."""
-        for path in weights.sites.keys() - self._hooked:
+        for path in weights.kinds.keys() - self._hooked:
             self._linear[path].register_forward_hook(self._hook(path))
             self._hooked.add(path)
+        if self._slots is not None:
+            self._slots.prefetch(weights)
+
+    def forget(self, weights: LoraWeights) -> None:
+        """It is served no longer. Between two steps."""
+        if self._slots is not None:
+            self._slots.forget(weights)
 
     @contextmanager
-    def running(self, segments: Sequence[tuple[int, int, LoraWeights]]) -> Iterator[None]:
-        """Within the block rows `begin` to `end` of what modules are given belong to these adapters, all others to none."""
-        self._segments = segments
+    def running(self, segments: Sequence[tuple[int, int, LoraWeights]], adds: Adds | None = None) -> Iterator[None]:
+        """Within the block rows `begin` to `end` of what modules are given belong to these adapters, all others to none; or
+        `adds` knows whose they are."""
+        self._segments, self._adds = segments, adds
         try:
             yield
         finally:
-            self._segments = ()
+            self._segments, self._adds = (), None
 
     @contextmanager
     def tracing(self) -> Iterator[dict[str, Trace]]:
         """Fill a trace per module that an adapter changes, by path and in the order they are reached."""
-        self._traces = {}
+        self.traces = {}
         try:
-            yield self._traces
+            yield self.traces
         finally:
-            self._traces = None
+            self.traces = None
 
     def _hook(self, path: str) -> Any:
         def add(module: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            if self._adds is not None:
+                self._adds.add(path, inputs[0].flatten(0, -2), output.flatten(0, -2), module.bias)
             for begin, end, weights in self._segments:
                 site = weights.sites.get(path)
                 if site is not None:
                     rows = output[:, begin:end]
                     added = _added(site, module.bias, inputs[0][:, begin:end], rows)
-                    if self._traces is not None:
-                        self._traces.setdefault(path, Trace()).take(added, rows)
+                    if self.traces is not None:
+                        self.traces.setdefault(path, Trace()).take(added, rows)
                     rows.copy_(rows + added)
             return output
 
@@ -138,9 +189,11 @@ class LoraSites:
         if (magnitude is None) == config["use_dora"]:
             raise ArtifactError(f"{folder.name}: {path} {'lacks' if config['use_dora'] else 'has'} a magnitude vector")
         alpha = config["alpha_pattern"].get(get_pattern_key(config["alpha_pattern"], path), config["lora_alpha"])
+        scale = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+        if self._slots is not None and magnitude is None:  # a copy follows, and there need be no other
+            return Site(down, up if scale == 1 else up.float() * scale, None)
         device = linear.weight.device
-        down, up = down.to(device, torch.float32), up.to(device, torch.float32)
-        up = up * (alpha / (math.sqrt(rank) if config["use_rslora"] else rank))
+        down, up = down.to(device, torch.float32), up.to(device, torch.float32) * scale
         if magnitude is None:
             return Site(down, up, None)
         norm = torch.linalg.vector_norm(dequantized_weight(linear) + up @ down, dim=1)

@@ -6,19 +6,24 @@ behind each request's last token. No queue, no sampling, no text: `schedule.py` 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from core.catalog import packed_reach
-from core.infer.attention import KeyValues, PagedStep, Span, paged_attention
-from core.infer.linear import OneDnnLinears
-from core.infer.lora import LoraSites, LoraWeights
+from core.infer.attention import KeyValues
+from core.infer.lora import LoraWeights, Residence
 from core.infer.pages import Pages, chain_key
+from core.infer.plain import PlainCompute
+
+if TYPE_CHECKING:
+    from core.infer.gpu.compute import DeviceCompute
 
 PAGE = 16
 """Tokens of a page."""
+ADAPTER_GIB = 4.0
+"""Room for adapters on a GPU: of an 8B model in bf16 48 of rank 16."""
 
 
 @dataclass
@@ -49,26 +54,57 @@ Share = tuple[Context, int]
 class Runner:
     """The fast path of a base. The engine's thread alone calls it; reading adapters (`sites.read`) is anybody's."""
 
-    def __init__(self, model: Any, *, kv_tokens: int, make_bare: Callable[[], None] = lambda: None) -> None:
-        """`kv_tokens` is the room for keys and values. `make_bare` is called before each step: other adapters on the model
-        must not act in it. Raises ValueError for a model that packed steps can't express (`reach_of`)."""
+    def __init__(
+        self,
+        model: Any,
+        *,
+        kv_tokens: int,
+        adapter_gib: float = ADAPTER_GIB,
+        make_bare: Callable[[], None] = lambda: None,
+        kernels: bool | None = None,
+    ) -> None:
+        """`kv_tokens` is the room for keys and values, `adapter_gib` that for adapters on a GPU. `make_bare` is called before
+        each step: other adapters on the model must not act in it. `kernels` are Triton's, which is the way on a GPU (None).
+        Raises ValueError for a model that packed steps can't express (`reach_of`)."""
         self.reach = reach_of(model)
         if not self.reach:
             raise ValueError("packed steps can't express the model's attention")
-        self._model = model
-        self._make_bare = make_bare
-        self.sites = LoraSites(model)
-        self._linears = OneDnnLinears(model)
         self.pages = Pages(kv_tokens // PAGE, PAGE)
         self._store = KeyValues(self.pages.count * PAGE)
+        self._compute = _compute(
+            model, self._store, self.reach, adapter_gib, make_bare, model.device.type == "cuda" if kernels is None else kernels
+        )
+        self.sites = self._compute.sites
+        self.slots = self._compute.slots
 
     @property
     def kv_tokens(self) -> int:
         """Most tokens that one request may come to."""
         return self.pages.count * PAGE
 
+    @property
+    def form(self) -> str:
+        """How this base is computed, in a sentence."""
+        return self._compute.form
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether `step` returns before its logits are there."""
+        return self._compute.is_asynchronous
+
+    def warm_up(self, rows: int) -> None:
+        """Compile what steps of up to `rows` requests need, before the first."""
+        self._compute.warm_up(rows)
+
+    def residence(self, weights: LoraWeights | None) -> Residence:
+        """Whether a request for this adapter may begin. Where it may not yet, it is on its way to the GPU, or there is no room
+        for it until another's requests have been answered."""
+        return "here" if weights is None or self.slots is None else self.slots.ask(weights)
+
     def begin(self, context: Context) -> None:
         """Take up the pages that hold the beginning of its tokens already. The last token is always computed."""
+        if context.weights is not None and self.slots is not None:
+            self.slots.hold(context.weights)
         while (context.computed + PAGE) < len(context.ids):
             key = chain_key(context.chain[-1], context.ids[context.computed : context.computed + PAGE])
             page = self.pages.find(key)
@@ -89,6 +125,8 @@ class Runner:
 
     def release(self, context: Context) -> None:
         """Give its pages back: it has ended, or waits to be computed anew."""
+        if context.weights is not None and self.slots is not None:
+            self.slots.let_go(context.weights)
         self.pages.give_back(context.pages)
         del context.chain[1:]
         context.pages, context.computed = [], 0
@@ -96,7 +134,7 @@ class Runner:
     def step(self, shares: Sequence[Share]) -> torch.Tensor:
         """Run reserved tokens; logits [len(shares), V] behind each share's last one. Nothing has moved where it raises."""
         ends = np.cumsum([count for _, count in shares])
-        logits = self._forward(shares, ends - 1, self._store)
+        logits = self._compute.forward(shares, ends - 1)
         for context, count in shares:
             context.computed += count
             self._publish(context)
@@ -106,48 +144,23 @@ class Runner:
         """Logits [len(ids), V] behind every token of a sequence; it takes no room of running requests."""
         pages = list(range(self.pages.needed(len(ids))))
         alone = Context(ids, weights, [b""], pages)
-        return self._forward([(alone, len(ids))], np.arange(len(ids)), KeyValues(len(pages) * PAGE))
-
-    @torch.inference_mode()
-    def _forward(self, shares: Sequence[Share], wanted: np.ndarray, store: KeyValues) -> torch.Tensor:
-        """Logits [len(wanted), V] behind the rows `wanted` of the step."""
-        device = self._model.device
-        ids: list[int] = []
-        positions: list[int] = []
-        written: list[torch.Tensor] = []
-        spans: list[Span] = []
-        segments: list[tuple[int, int, LoraWeights]] = []
-        for context, count in shares:
-            begin, there = len(ids), context.computed + count
-            ids += context.ids[context.computed : there]
-            positions += range(context.computed, there)
-            slots = self._slots(context, there)
-            written.append(slots[context.computed :])
-            spans.append(Span(begin, len(ids), slots.to(device)))
-            if context.weights is not None:
-                if segments and segments[-1][1] == begin and segments[-1][2] is context.weights:
-                    begin = segments.pop()[0]
-                segments.append((begin, len(ids), context.weights))
-        self._make_bare()
-        with paged_attention(self._model), self._linears.multiplying(), self.sites.running(segments):
-            logits: torch.Tensor = self._model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
-                use_cache=False,
-                logits_to_keep=torch.from_numpy(wanted).to(device),
-                paged=PagedStep(torch.cat(written).to(device), spans, store),
-            ).logits[0]
-        return logits
-
-    def _slots(self, context: Context, tokens: int) -> torch.Tensor:
-        pages = torch.tensor(context.pages, dtype=torch.int64)
-        return (pages[:, None] * PAGE + torch.arange(PAGE)).flatten()[:tokens]
+        return self._compute.score((alone, len(ids)), KeyValues(len(pages) * PAGE))
 
     def _publish(self, context: Context) -> None:
         while (done := (len(context.chain) - 1) * PAGE) + PAGE <= context.computed:
             key = chain_key(context.chain[-1], context.ids[done : done + PAGE])
             self.pages.publish(context.pages[done // PAGE], key)
             context.chain.append(key)
+
+
+def _compute(
+    model: Any, store: KeyValues, reach: int, adapter_gib: float, make_bare: Callable[[], None], with_kernels: bool
+) -> "PlainCompute | DeviceCompute":
+    if not with_kernels:
+        return PlainCompute(model, store, page=PAGE, make_bare=make_bare)
+    from core.infer.gpu.compute import DeviceCompute  # Triton comes with torch for a GPU only
+
+    return DeviceCompute(model, store, page=PAGE, reach=reach, adapter_gib=adapter_gib, make_bare=make_bare)
 
 
 def reach_of(model: Any) -> int:

@@ -4,6 +4,10 @@ Requests of one adapter wait behind each other; between adapters (the bare base 
 queueing (Goyal, Vin and Cheng, SIGCOMM 1996): a request's turn comes when as much has been begun for every other adapter as
 for its own, so a crowd at one adapter delays another's request by at most one request of each. Where memory runs out the
 youngest answer steps back, and its tokens are computed anew when there is room.
+
+On a GPU an adapter may have to be copied in first: its requests stand aside until it is there, and others go on. Where all that
+are there are being asked, nobody new begins until one's answers are finished: so the wait is at most that of the answers that
+run.
 """
 
 import heapq
@@ -72,18 +76,23 @@ class Scheduler(Generic[R]):
         self._most_tokens = tokens
         self.waiting: FairQueue[R] = FairQueue()  # not begun yet
         self._stepped_back: deque[R] = deque()
+        self._aside: deque[R] = deque()  # their turn came, and their adapter is on its way
         self.running: list[R] = []  # the oldest first
 
     def leave(self, request: R) -> None:
-        """It is done, or nobody waits for it any more."""
-        self.running.remove(request)
-        self._runner.release(request.context)
+        """It is done, or nobody waits for it any more. One that stepped back meanwhile has nothing to release."""
+        if request in self.running:
+            self.running.remove(request)
+            self._runner.release(request.context)
+        elif request in self._stepped_back:
+            self._stepped_back.remove(request)
 
     def drop_cancelled(self) -> None:
         """Let go of what nobody waits for any more."""
         for request in [request for request in self.running if request.is_cancelled]:
             self.leave(request)
         self._stepped_back = deque(request for request in self._stepped_back if not request.is_cancelled)
+        self._aside = deque(request for request in self._aside if not request.is_cancelled)
 
     def shares(self) -> list[tuple[R, Share]]:
         """Reserve the next step, requests of one adapter side by side. Empty only when nothing is left to do."""
@@ -120,18 +129,35 @@ class Scheduler(Generic[R]):
         """The next request, with pages for all its tokens so far and one more; None when it must wait."""
         if len(self.running) >= self._most_running:
             return None
-        request = self._stepped_back[0] if self._stepped_back else self.waiting.first()
+        request = self._next()
         if request is None:
             return None
         self._runner.begin(request.context)
         if not self._runner.reserve(request.context, request.context.left + 1):
             self._runner.release(request.context)
+            self._aside.appendleft(request)
             return None
-        if self._stepped_back:
-            self._stepped_back.popleft()  # what it finds in memory now may be its own
-        else:
-            self.waiting.pop()
-            request.context.shared = request.context.computed
+        if not request.is_running:
+            request.context.shared = request.context.computed  # what one that stepped back finds may be its own
         self.running.append(request)
         request.is_running = True
         return request
+
+    def _next(self) -> R | None:
+        """Take the next in turn whose adapter is there: those that stepped back, those that stand aside, then the queue."""
+        for line in (self._stepped_back, self._aside):
+            for one in line:
+                if self._runner.residence(one.context.weights) == "here":
+                    line.remove(one)
+                    return one
+            if line and self._runner.residence(line[0].context.weights) == "no-room":
+                return None
+        while (request := self.waiting.first()) is not None:
+            residence = self._runner.residence(request.context.weights)
+            if residence == "no-room":
+                return None
+            self.waiting.pop()
+            if residence == "here":
+                return request
+            self._aside.append(request)
+        return None

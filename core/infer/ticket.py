@@ -68,14 +68,17 @@ class Ticket:
     def cancel(self) -> None:
         self.is_cancelled = True
 
-    def push(self, drawn: Drawn) -> None:
-        """Its next token: tell the reader, and end where the answer ends."""
+    def take(self, drawn: Drawn) -> None:
+        """Its next token, which steps go on from."""
+        self.context.ids.append(drawn.token)
+
+    def tell(self, drawn: Drawn) -> None:
+        """The token that was taken: tell the reader, and end where the answer ends."""
         try:
             for item in self.progress.push(drawn):
                 self.deliver(item)
         except GenerationFailed as error:
             self.fail(str(error))
-        self.context.ids.append(drawn.token)
 
     def fail(self, message: str) -> None:
         self.deliver(Failed(message))

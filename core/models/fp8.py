@@ -43,6 +43,18 @@ def turned_over(codes: torch.Tensor) -> torch.Tensor:
     return codes.t().contiguous()
 
 
+@dataclass(frozen=True)
+class Functions8bit:
+    """What is done beside products; a faster one of its kind may take the place of each."""
+
+    rows: Callable[..., Any] = rows_in_8_bits
+    scaled: Callable[..., Any] = scaled_in_8_bits
+    turned_over: Callable[..., Any] = turned_over
+
+
+PLAIN_8BIT = Functions8bit()
+
+
 @dataclass(eq=False)
 class Rounding:
     """Of what meets the weights of a model; all its layers share one."""

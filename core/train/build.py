@@ -64,6 +64,16 @@ _PROBED_EXAMPLES = 4
 _NAMED_TOKENS = 10
 
 
+@dataclass(frozen=True)
+class LaidOut:
+    """A step's examples as micro-batches on the device."""
+
+    step: int
+    layout: Layout
+    examples: list[Example]
+    batches: list[MicroBatch]
+
+
 @dataclass
 class Training:
     """A run in memory, at the step it begins with."""
@@ -87,6 +97,8 @@ class Training:
     warnings: list[Warned]
     has_halved: bool = False
     """The GPU's memory was too small for the layout once; there is no second time."""
+    ahead: LaidOut | None = None
+    """A step that was laid out before its time."""
 
     @property
     def kind(self) -> Loss:
@@ -190,6 +202,12 @@ def _build(run: RunInput, plain_because: str | None = None) -> Training:
     if spec.memory.compile:
         _compile_layers(training)
     return training
+
+
+def lay_out(training: Training, step: int) -> LaidOut:
+    examples, layout = training.rows.step_rows(step), training.layout
+    batches = [layout.collate(part, training.device) for part in layout.split(examples)]
+    return LaidOut(step, layout, examples, batches)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
@@ -309,7 +327,10 @@ def _measured_as_graphs(training: Training, measured: Callable[[], Probe]) -> tu
     except torch.OutOfMemoryError:
         raise
     except (ValueError, RuntimeError) as error:  # what torch and CUDA raise where something can't be recorded
-        reason = str(error).splitlines()[0]
+        first: BaseException = error
+        while first.__context__ is not None:  # ending a recording that failed fails too
+            first = first.__context__
+        reason = str(first).splitlines()[0]
     uninstall_graphs(training.model)
     training.optimizer.zero_grad()
     return measured(), f", started one by one ({reason})"

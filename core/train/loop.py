@@ -13,11 +13,10 @@ from typing import NamedTuple
 import torch
 
 from core.errors import Diverged, Doomed, RunError
-from core.eval.rows import Example
 from core.events import AdapterWritten, CheckpointWritten, ChildEvent, Ended, Evaluation, PhaseChanged, Started, Step, Warned
 from core.run import ANSWERS_FILE, RunInput
 from core.states import Phase, Reason
-from core.train.build import Training, build_training, count_parameters, render_example
+from core.train.build import LaidOut, Training, build_training, count_parameters, lay_out, render_example
 from core.train.checkpoint import restore_checkpoint, write_checkpoint
 from core.train.device import out_of_memory_named, random_state, set_random_state
 from core.train.examine import Examination, examine, prepare_examination, write_answers
@@ -131,15 +130,17 @@ class _StepNumbers:
 
 def _optimizer_step(training: Training, step: int) -> Generator[Warned, None, _StepNumbers]:
     """One step over all its micro-batches. Yields a warning for each try that overflowed fp16 or the GPU's memory."""
-    examples = training.rows.step_rows(step)
+    laid = training.ahead if training.ahead is not None and training.ahead.step == step else lay_out(training, step)
     rate = training.learning_rate * learning_rate_factor(training.schedule, step, training.total_steps)
     for group in training.optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     parameters = [parameter for _, parameter in training.trainable()]
     for _ in range(_OVERFLOWS_ALLOWED):
-        found = yield from _gradients(training, examples, step)
+        found = yield from _gradients(training, laid)
         norm = training.accelerator.clip_grad_norm_(parameters, training.max_grad_norm)
         training.optimizer.step()
+        if step < training.total_steps:
+            training.ahead = lay_out(training, step + 1)  # while the GPU has work to do
         # The step's only question to the GPU, when all it has to do has been said. Of weights that a gradient without bounds has
         # been added to nothing is kept: the run ends.
         loss, grad_norm, *curves = torch.stack([found.loss, norm, *found.curves.values()]).tolist()
@@ -148,8 +149,8 @@ def _optimizer_step(training: Training, step: int) -> Generator[Warned, None, _S
         if not math.isfinite(grad_norm) and training.accelerator.scaler is None:
             raise Diverged(f"the gradient's norm is {grad_norm} (loss {loss:.4f})")
         if math.isfinite(grad_norm):
-            tokens = sum(example.tokens for example in examples)
-            trained = sum(example.trained_tokens for example in examples)
+            tokens = sum(example.tokens for example in laid.examples)
+            trained = sum(example.trained_tokens for example in laid.examples)
             return _StepNumbers(loss, rate, grad_norm, tokens, trained, dict(zip(found.curves, curves, strict=True)))
         # The scaler left the weights alone and halved its scale: the same rows are tried again, none is lost.
         yield Warned(code="gradient_overflow", message=f"step {step}: fp16 gradients overflowed; tried again, smaller scale")
@@ -163,19 +164,21 @@ class _Accumulated(NamedTuple):
     curves: dict[str, torch.Tensor]
 
 
-def _gradients(training: Training, examples: list[Example], step: int) -> Generator[Warned, None, _Accumulated]:
+def _gradients(training: Training, laid: LaidOut) -> Generator[Warned, None, _Accumulated]:
     """Forward and backward over a step. Once in a run it may halve what is in memory and begin anew."""
     chance = random_state(training.device)
     while True:
+        if laid.layout is not training.layout:
+            laid = lay_out(training, laid.step)
         try:
-            return _accumulate(training, examples)
+            return _accumulate(training, laid)
         except torch.OutOfMemoryError:
-            smaller = training.layout.halved(examples)
+            smaller = training.layout.halved(laid.examples)
             if training.has_halved or smaller is None:
                 raise
         # Outside the except block: the traceback holds the tensors of the pass that did not fit.
         training.has_halved = True
-        message = f"step {step}: the GPU's memory was too small for {training.layout}; the step is done again with {smaller}"
+        message = f"step {laid.step}: the GPU's memory was too small for {training.layout}; the step is done again with {smaller}"
         training.layout = smaller
         training.optimizer.zero_grad()
         if training.device.type == "cuda":
@@ -184,14 +187,13 @@ def _gradients(training: Training, examples: list[Example], step: int) -> Genera
         yield Warned(code="micro_batch_halved", message=message)
 
 
-def _accumulate(training: Training, examples: list[Example]) -> _Accumulated:
-    terms = training.kind.terms(examples)
+def _accumulate(training: Training, laid: LaidOut) -> _Accumulated:
+    terms = training.kind.terms(laid.examples)
     total = torch.zeros((), dtype=torch.float64, device=training.device)
     curves: dict[str, torch.Tensor] = {}
     training.optimizer.zero_grad()
     with training.adapters_uncast():
-        for micro_batch in training.layout.split(examples):
-            batch = training.layout.collate(micro_batch, training.device)
+        for batch in laid.batches:
             with training.compute():
                 found = training.loss(training.model, batch)
             summed = found.sums.sum()
@@ -199,7 +201,7 @@ def _accumulate(training: Training, examples: list[Example]) -> _Accumulated:
             total += summed.detach()
             for name, values in found.curves.items():
                 curves[name] = curves.get(name, 0) + values.double().sum()
-    return _Accumulated(total / terms, {name: value / len(examples) for name, value in curves.items()})
+    return _Accumulated(total / terms, {name: value / len(laid.examples) for name, value in curves.items()})
 
 
 def _assert_trained(training: Training) -> None:

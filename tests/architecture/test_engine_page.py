@@ -3,9 +3,9 @@
 import re
 
 from benchmarks.shapes import config_of
+from core.models.families import FAMILIES
 from core.plan.memory import kept_per_token
 from core.plan.work import work_of
-from core.train.fused.families import FAMILIES
 from tests.conftest import ROOT
 from tests.core.train.runs import spec_of
 

@@ -25,6 +25,13 @@ def test_a_case_leaves_what_was_planned_and_what_it_took(tiny: Path, tmp_path: P
     assert found["planned_gib"]["value"] > 0
 
 
+def test_a_case_that_is_not_in_the_set_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan", "--set", "tiny", "--cases", "tiny/none,tiny/lora16-all-64-4x2"])
+    with pytest.raises(SystemExit):
+        plan.main()
+    assert "--cases: tiny/none is not in the set tiny" in capsys.readouterr().err
+
+
 def test_judged_cases_are_no_fitting_cases_and_some_are_of_another_kind() -> None:
     fitting, judged = ({case.name for case in cases} for cases in (plan.FITTING, plan.JUDGED))
     assert len(fitting) == len(plan.FITTING) >= 16
@@ -43,7 +50,7 @@ def test_fitting_finds_the_coefficients_of_made_up_measurements(
     truth = replace(STANDING, fixed_gib=0.4, kept_packed=1.1, kept_plain=0.95, matmul_share=0.5, traffic_packed=12.0)
     rows = []
     for case in plan.FITTING:
-        work = plan.planned_work(case, None)
+        work = plan.work_of_case(case, None)
         values = {
             "peak_allocated_gib": estimate_memory(work, truth).total_gib,
             "step_seconds": step_seconds(work, GPUS["H100"], truth),

@@ -31,7 +31,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, tiny: Path, out: Path, *arguments:
 
 def test_waves_with_a_loop_and_a_baseline_beside_them(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["--cases", "tiny/2-adapters/c3,tiny/base/c3", "--waves", "2", "--baseline", "--loop", "open", "--rate", "200"]
-    found = measured(monkeypatch, tiny, tmp_path, *asked, "--requests", "4")
+    found = measured(monkeypatch, tiny, tmp_path, *asked, "--profile", "--requests", "4")
     for case in ("tiny/2-adapters/c3", "tiny/base/c3"):
         assert found[case, "tokens_per_second"]["n"] == found[case, "baseline_tokens_per_second"]["n"] == 2
         assert found[f"{case}/open-200", "first_token_ms_p50"]["n"] == 4

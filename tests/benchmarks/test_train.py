@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import children, train
+from benchmarks import train
+from benchmarks.children import in_training_order
 from benchmarks.profile import Span, busy_microseconds, memory_report, report
 from benchmarks.results import ROOT
 from benchmarks.train import CASES, TIERS, documents, main, spec_of
-from core.events import ChildEvent
-from core.spec import JobSpec
+from core.data.tokens import TokenCache
+from core.train.batches import TrainingRows, WeightedRows
 from tests.core.train.runs import write_cache
 
 
@@ -40,8 +41,11 @@ def test_every_case_is_a_job_of_its_rows(name: str, tier: train.Tier) -> None:
     assert spec.memory.checkpointing == name.endswith("ckpt")
 
 
+NAME = "tiny/lora/all/short"
+
+
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> list[dict[str, object]]:
-    monkeypatch.setattr(sys, "argv", ["train", "--cases", "tiny/lora/all/short", "--out", str(out), *arguments])
+    monkeypatch.setattr(sys, "argv", ["train", "--cases", NAME, "--out", str(out), *arguments])
     monkeypatch.setattr(train, "TIMED", 4)
     monkeypatch.setattr(train, "REPEATED", 6)
     main()
@@ -52,51 +56,49 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> list[dic
 
 def test_a_tier_is_measured_in_a_child_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = run(monkeypatch, tmp_path, "--tiers", "fused")
-    found = {row["metric"]: row["value"] for row in rows if row["case"] == "tiny/lora/all/short/fused"}
+    found = {row["metric"]: row for row in rows if row["case"] == f"{NAME}/fused"}
     assert set(found) == {"tokens_per_second", "tokens_per_step", "loss_fall_on_repeated_documents"}
-    assert found["tokens_per_step"] == pytest.approx(18 * 130, rel=0.2)
+    timed = documents(18 * (5 + 4 + 1), "short")[-18 * 4 :]
+    assert found["tokens_per_step"]["value"] == pytest.approx(sum(len(ids) for ids, _ in timed) / 4)
+    assert (found["tokens_per_second"]["n"], found["loss_fall_on_repeated_documents"]["n"]) == (4, 6)
 
 
-def test_a_run_on_another_tier_gives_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_documents_are_trained_in_the_order_they_are_given(tmp_path: Path) -> None:
+    rows, spec = documents(7 * 18, "short"), spec_of(NAME, "packed", 7)
+    cache = TokenCache.open(write_cache(tmp_path / "cache", in_training_order(rows, spec)))
+    trained = TrainingRows([WeightedRows(cache, 1.0)], eval_rows=0, batch=spec.batch, seed=spec.seed)
+    for step in range(7):
+        found = [ids.tolist() for example in trained.step_rows(step + 1) for ids, _ in example.sequences]
+        assert found == [ids for ids, _ in rows[18 * step : 18 * (step + 1)]]
+
+
+def test_a_run_on_another_tier_gives_no_number_and_leaves_the_rows_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     given = train.spec_of
-    monkeypatch.setattr(train, "spec_of", lambda name, _, steps: given(name, "plain", steps))
+    monkeypatch.setattr(train, "spec_of", lambda name, tier, steps: given(name, "packed" if tier == "packed" else "plain", steps))
     with pytest.raises(SystemExit, match=r"on fused: plain: batch\.packing is off"):
-        run(monkeypatch, tmp_path, "--tiers", "fused")
-    assert list(tmp_path.glob("*.json")) == []
-
-
-def test_a_tier_that_fails_leaves_the_rows_of_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    given = children.train
-
-    def failing(model: Path, cache: Path, spec: JobSpec, run_dir: Path) -> tuple[list[ChildEvent], str]:
-        if spec.memory.fused_layers:
-            raise OSError("the child could not be started")
-        return given(model, cache, spec, run_dir)
-
-    monkeypatch.setattr(train, "train", failing)
-    with pytest.raises(SystemExit, match="on fused: OSError: the child could not be started"):
-        run(monkeypatch, tmp_path, "--tiers", "fused,packed", "--repeated", "fused")
+        run(monkeypatch, tmp_path, "--tiers", "fused,packed", "--at-once", "2")
     (file,) = tmp_path.glob("train-*.json")
-    found = {(row["case"], row["metric"]) for row in json.loads(file.read_text())["rows"]}
-    assert found == {("tiny/lora/all/short/packed", metric) for metric in ("tokens_per_second", "tokens_per_step")}
+    assert {row["case"] for row in json.loads(file.read_text())["rows"]} == {f"{NAME}/packed"}
+
+
+def test_what_is_judged_is_timed_over_thirty_steps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "--cases", NAME, "--tiers", "plain,fused", "--timed", "10"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--timed 10: what is judged is timed over 30 steps" in capsys.readouterr().err
 
 
 def test_a_profile_is_left_beside_the_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(train, "_measure", lambda results, name, tier, model, folder: _write_tokens(folder))
-    monkeypatch.setattr(
-        sys, "argv", ["train", "--cases", "tiny/lora/all/short", "--tiers", "packed", "--profile", "--out", str(tmp_path)]
-    )
+    monkeypatch.setattr(train, "measure_alone", lambda runs, **_: iter(()))
+    monkeypatch.setattr(sys, "argv", ["train", "--cases", NAME, "--tiers", "packed", "--profile", "--out", str(tmp_path)])
     main()
     (file,) = (tmp_path / "profiles").glob("train-*-tiny-lora-all-short-packed.txt")
     text = file.read_text()
-    assert "command: python -m benchmarks.train --cases tiny/lora/all/short --tiers packed --profile" in text
+    assert f"command: python -m benchmarks.train --cases {NAME} --tiers packed --profile" in text
     assert re.search(r"^3 steps, [0-9.]+ ms each$", text, re.M)
     assert "aten::mm" in text
-
-
-def _write_tokens(folder: Path) -> list[str]:
-    write_cache(folder / "tokens", documents(18 * 40, "short"))
-    return []
 
 
 def test_a_profile_says_how_busy_the_gpu_was_and_with_what() -> None:

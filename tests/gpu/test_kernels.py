@@ -91,7 +91,7 @@ def test_heads_turn_and_turn_back(cuda: torch.device, size: int, turned: int, pa
     wanted, values = heads.clone(), product[:, 8 * size :].clone()
     elementwise.turn_in_place(wanted, cos, sin, paired)
     for_gpu().turn_in_place(heads, cos, sin, paired)
-    assert torch.equal(heads, wanted)
+    torch.testing.assert_close(heads, wanted, rtol=1e-2, atol=1e-2)
     assert torch.equal(product[:, 8 * size :], values), "values stand behind the heads that turn"
     parts = [torch.randn(count, 77, size, device=cuda, dtype=torch.bfloat16).transpose(0, 1) for count in (6, 2, 2)]
     back = elementwise.turned_back(*parts, cos, sin, paired)

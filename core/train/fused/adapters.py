@@ -1,10 +1,13 @@
-"""LoRA's matrices as fused layers multiply with them: stacked, scaled, in the compute dtype.
+"""LoRA's matrices of all fused layers: the few pieces of memory they train in, and as layers multiply with them.
 
-They are made once for each state of the weights, which is once an optimizer step, and not for every module of every
-micro-batch: of a layer's kernels those were every third. R is the sum of a projection's ranks.
+Projections of the same shape, one of each layer, lie in one piece, and so do their gradients: what is done to each of 300
+matrices in every step is then done to eight. A and B of a module stay peft's own parameters, as views. Layers multiply with
+copies in the compute dtype, A one below the other, B scaled and on a diagonal, made once for each state of the weights. L is
+layers, M a projection's adapted modules, r their rank and R = M r.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,51 +24,98 @@ class Place:
 
 @dataclass(eq=False)
 class Stacked:
-    """The LoRA of one projection. Its modules' own A and B are what trains."""
+    """The LoRA of one projection."""
 
-    places: Sequence[Place]
+    places: tuple[Place, ...]
     factors: tuple[torch.nn.Parameter, ...]
-    """A and B of each module in turn."""
+    """A and B of each module in turn: what trains."""
     outputs: int
+    of_down: torch.Tensor | None = None
+    of_up: torch.Tensor | None = None
     down: torch.Tensor | None = None
     """All A one below the other [R, inputs]."""
     up: torch.Tensor | None = None
     """All B, scaled, on a diagonal [outputs, R]."""
-    scales: Sequence[torch.Tensor] = ()
+
+    def alike(self) -> tuple[object, ...]:
+        """Equal for projections that can lie in one piece."""
+        places = [(place.outputs.start, place.outputs.stop, place.ranks.start, place.scale) for place in self.places]
+        return (*places, self.factors[0].shape, self.outputs, self.factors[0].dtype)
+
+
+class _Group:
+    """Projections of one shape."""
+
+    def __init__(self, members: Sequence[Stacked]) -> None:
+        self.members, first = members, members[0]
+        (rank, inputs), count, modules = first.factors[0].shape, len(members), len(first.places)
+        self._split = (count, first.outputs, modules, rank)
+        like = first.factors[0].detach()
+        self._below, self._above = like.new_empty(count, modules * rank, inputs), like.new_zeros(count, first.outputs, rank)
+        self._of_below, self._of_above = torch.zeros_like(self._below), torch.zeros_like(self._above)
+        self._scales = like.new_zeros(first.outputs, modules, 1, dtype=torch.float32)
+        for number, place in enumerate(first.places):
+            self._scales[place.outputs, number] = place.scale
+        self.gradients: list[torch.Tensor] = []
+        """Of the members' factors, in their order."""
+        for layer, member in enumerate(members):
+            for number, place in enumerate(member.places):
+                at = (self._below[layer, place.ranks], self._above[layer, place.outputs])
+                for factor, view in zip(member.factors[2 * number : 2 * number + 2], at, strict=True):
+                    factor.data = view.copy_(factor.data)
+                self.gradients += [self._of_below[layer, place.ranks], self._of_above[layer, place.outputs]]
+        self._down = self._up = self._of_down = self._of_up = like.new_empty(0)
 
     def make(self, dtype: torch.dtype) -> None:
-        below, above = self.factors[0::2], self.factors[1::2]
-        if self.down is None or self.up is None or self.down.dtype != dtype:
-            ranks, inputs = sum(len(factor) for factor in below), below[0].shape[1]
-            self.down = below[0].new_empty(ranks, inputs, dtype=dtype)
-            self.up = below[0].new_zeros(self.outputs, ranks, dtype=dtype)
-            self.scales = [below[0].new_full((1,), place.scale, dtype=torch.float32) for place in self.places]
-        torch._foreach_copy_([self.down[place.ranks] for place in self.places], below)
-        for place, factor in zip(self.places, above, strict=True):
-            self.up[place.outputs, place.ranks] = factor * place.scale
+        if self._down.dtype != dtype or not len(self._down):
+            self._down = torch.empty_like(self._below, dtype=dtype)
+            self._up = self._above.new_empty(*self._split, dtype=dtype).flatten(2)
+            self._of_down, self._of_up = torch.zeros_like(self._down), torch.zeros_like(self._up)
+            for layer, member in enumerate(self.members):
+                member.down, member.up = self._down[layer], self._up[layer]
+                member.of_down, member.of_up = self._of_down[layer], self._of_up[layer]
+        self._down.copy_(self._below)
+        torch.mul(self._above.unsqueeze(2), self._scales, out=self._up.view(self._split))
 
-    def gradients(self, down: torch.Tensor | None, up: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """From those of `down` and `up` to those of `factors`."""
-        if down is None or up is None:
-            return [None] * len(self.factors)
-        wide = down.to(self.factors[0].dtype)
-        found: list[torch.Tensor | None] = []
-        for place, scale in zip(self.places, self.scales, strict=True):
-            # A scale that is a tensor: the product is fp32 in one kernel.
-            found += [wide[place.ranks], (up[place.outputs, place.ranks] * scale).to(self.factors[0].dtype)]
-        return found
+    def zero_gradients(self) -> None:
+        self._of_below.zero_()
+        self._of_above.zero_()
+
+    def add_up(self) -> None:
+        self._of_below.add_(self._of_down)
+        self._of_above.add_((self._of_up.view(self._split) * self._scales).sum(2))
 
 
 class Adapters:
-    """Of all fused layers of a model."""
+    """Of all fused layers of a model. Between `join` and `part` the factors lie in memory of theirs."""
 
     def __init__(self) -> None:
         self._stacked: list[Stacked] = []
+        self._groups: list[_Group] = []
         self._made_of: tuple[object, ...] | None = None
+        self.gradients: dict[torch.nn.Parameter, torch.Tensor] = {}
+        """Of each factor: where it lies from `lay_gradients` on."""
 
     def add(self, stacked: Stacked) -> Stacked:
         self._stacked.append(stacked)
         return stacked
+
+    def join(self) -> None:
+        """To be called when all are added."""
+        alike: dict[tuple[object, ...], list[Stacked]] = {}
+        for stacked in self._stacked:
+            alike.setdefault(stacked.alike(), []).append(stacked)
+        self._groups = [_Group(members) for members in alike.values()]
+        self.gradients = {}
+        for group in self._groups:
+            factors = (factor for member in group.members for factor in member.factors)
+            self.gradients.update(zip(factors, group.gradients, strict=True))
+
+    def part(self) -> None:
+        """Give the factors memory of their own again."""
+        for factor in self.gradients:
+            factor.data = factor.data.clone()
+            factor.grad = None
 
     def changed(self) -> None:
         """Some optimizers write where torch doesn't count it."""
@@ -73,9 +123,36 @@ class Adapters:
 
     @torch.no_grad()
     def refresh(self, dtype: torch.dtype) -> None:
-        """Make them again if any weight has changed since. To be called before a forward pass."""
-        state = (dtype, *(factor._version for stacked in self._stacked for factor in stacked.factors))
+        """Make what layers multiply with again if any weight has changed since. To be called before a forward pass."""
+        state = (dtype, *(factor._version for factor in self.gradients))
         if state != self._made_of:
-            for stacked in self._stacked:
-                stacked.make(dtype)
+            for group in self._groups:
+                group.make(dtype)
             self._made_of = state
+
+    @torch.no_grad()
+    def add_up(self) -> None:
+        """Add what a backward pass has left in `of_down` and `of_up` of all projections to the factors' gradients."""
+        self.lay_gradients()
+        for group in self._groups:
+            group.add_up()
+
+    def lay_gradients(self) -> None:
+        """The factors' gradients lie in memory of theirs from now on: as they were, zero where there were none."""
+        if all(factor.grad is None for factor in self.gradients):
+            for group in self._groups:
+                group.zero_gradients()
+            for factor, own in self.gradients.items():
+                factor.grad = own
+        for factor, own in self.gradients.items():
+            if factor.grad is not own:
+                own.zero_() if factor.grad is None else own.copy_(factor.grad)
+                factor.grad = own
+
+    @contextlib.contextmanager
+    def gradients_aside(self) -> Iterator[None]:
+        """What is added up inside is forgotten."""
+        kept = [own.clone() for own in self.gradients.values()]
+        yield
+        for own, before in zip(self.gradients.values(), kept, strict=True):
+            own.copy_(before)

@@ -64,8 +64,9 @@ class GraphedDecoder:
         """`layer` is one of the decoder's; `recorder` makes what records, anew whenever all graphs are let go."""
         self._decoder, self._layer, self._device = decoder, layer, device
         self._recorder, self._record = recorder, recorder(device)
-        self._parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
-        self._gradients: list[torch.Tensor] = []
+        self._others = {
+            p: torch.zeros_like(p) for p in decoder.parameters() if p.requires_grad and p not in layer.adapters.gradients
+        }
         self._graphs: dict[Size, _Graph] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._anchor = torch.zeros((), device=device, requires_grad=True)  # what autograd sees in the parameters' place
@@ -123,14 +124,19 @@ class GraphedDecoder:
         return _Graph(self._record(forward), self._record(backward), hidden, gradient)
 
     def _warm(self, inputs: dict[str, Any]) -> None:
-        """One layer both ways: a kernel that was never started can't be recorded."""
-        decoder, layer = self._decoder, self._decoder.layers[-1]
+        """The ends and two layers both ways, the first of which may have nothing to hand back to: a kernel that was never
+        started, or compiled, can't be recorded."""
+        decoder = self._decoder
+        parts = [decoder.embed_tokens, *dict.fromkeys([decoder.layers[0], decoder.layers[-1]]), decoder.norm]
         with torch.autocast(self._device.type, self._dtype(), enabled=self._dtype() != torch.float32, cache_enabled=False):
-            stream = decoder.embed_tokens(inputs["input_ids"]).detach().requires_grad_()
+            stream = decoder.embed_tokens(inputs["input_ids"])
             turn = decoder.rotary_emb(stream, position_ids=inputs["position_ids"])
-            result = decoder.norm(layer(stream, position_embeddings=turn, **inputs))
-        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-        torch.autograd.grad(result, [stream, *trained], result.detach(), allow_unused=True)
+            for layer in parts[1:-1]:
+                stream = layer(stream, position_embeddings=turn, **inputs)
+            result = decoder.norm(stream)
+        trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+        with self._layer.adapters.gradients_aside():
+            torch.autograd.grad(result, trained, result.detach(), allow_unused=True)
 
     def _fill(self, size: Size, input_ids: torch.Tensor, position_ids: torch.Tensor, bounds: torch.Tensor) -> None:
         inputs, count, ends = self._inputs(size), input_ids.shape[1], len(bounds)
@@ -165,15 +171,11 @@ class GraphedDecoder:
         return buffer[:count]
 
     def _lay_gradients(self) -> None:
-        if not self._gradients:
-            self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
-        pairs = list(zip(self._parameters, self._gradients, strict=True))
-        if fresh := [own for parameter, own in pairs if parameter.grad is None]:
-            torch._foreach_zero_(fresh)
-        for parameter, own in pairs:
-            if parameter.grad is not None and parameter.grad is not own:
-                own.copy_(parameter.grad)
-            parameter.grad = own
+        self._layer.adapters.lay_gradients()
+        for parameter, own in self._others.items():
+            if parameter.grad is not own:
+                own.zero_() if parameter.grad is None else own.copy_(parameter.grad)
+                parameter.grad = own
 
     def _dtype(self) -> torch.dtype:
         kind = self._device.type

@@ -13,12 +13,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from core.models.families import Family, projections_of
+from core.models.joined import Weight
 from core.train.fused.adapters import Adapters
 from core.train.fused.elementwise import Elementwise
 from core.train.fused.ends import Gate, Heads, Norm, Straight, Whole
-from core.train.fused.families import Family, projections_of
 from core.train.fused.projection import Kept, Parameters, Projection
-from core.train.fused.weights import Weight
 
 Tensors = tuple[torch.Tensor | None, ...]
 _OWN = len(Parameters._fields)
@@ -61,10 +61,10 @@ class _Half:
     def factors(self) -> tuple[torch.nn.Parameter, ...]:
         return tuple(factor for projection in self._projections for factor in projection.factors())
 
-    def of_factors(self, found: Tensors) -> Tensors:
-        """Gradients of `factors`, from those of `given`."""
-        parts = zip(self._projections, _parts(found)[:2], strict=True)
-        return tuple(gradient for projection, part in parts for gradient in projection.of_factors(part))
+    def leave(self, found: Tensors) -> None:
+        """Lay the gradients of `factors`, from those of `given`, where they are added up from."""
+        for projection, part in zip(self._projections, _parts(found)[:2], strict=True):
+            projection.leave(part)
 
     def part(self) -> None:
         """Give the modules memory of their own again."""

@@ -7,16 +7,14 @@ from typing import Any
 
 import torch
 
+from core.models.families import FAMILIES, projections_of, why_not_fused
 from core.train.fused.adapters import Adapters
 from core.train.fused.elementwise import PLAIN, Elementwise
-from core.train.fused.families import FAMILIES, projections_of
 from core.train.fused.graphs import CudaRecorder, GraphedDecoder, Recorder
 from core.train.fused.head import FusedHead
 from core.train.fused.layer import FusedLayer
 from core.train.fused.offload import HostStreams
 from core.train.fused.projection import why_no_projection
-
-_ACTIVATIONS = ("silu", "swish")
 
 
 def install_fused(model: Any, ops: Elementwise = PLAIN, *, offload: bool = False) -> str:
@@ -43,6 +41,7 @@ def install_fused(model: Any, ops: Elementwise = PLAIN, *, offload: bool = False
         where = host if recomputed else None
         layer.forward = FusedLayer(layer, family, ops, adapters, is_first=number == 0, recomputed=recomputed, host=where).forward
         layer.gradient_checkpointing = False
+    adapters.join()
     head = causal_lm.get_output_embeddings()
     if type(head) is torch.nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
         head.nats = FusedHead(head, ops).nats
@@ -76,6 +75,8 @@ def forget_graphs(model: Any) -> None:
 def uninstall_fused(model: Any) -> None:
     """Put every layer's own forward back and give its weights memory of their own. Harmless where nothing was installed."""
     uninstall_graphs(model)
+    if (first := fused_layer(_layers(_causal_lm(model))[0])) is not None:
+        first.adapters.part()
     vars(_causal_lm(model).get_output_embeddings()).pop("nats", None)
     for layer in _layers(_causal_lm(model)):
         fused = fused_layer(layer)
@@ -99,17 +100,12 @@ def fused_layer(layer: Any) -> FusedLayer | None:
 
 
 def _obstacle(causal_lm: Any) -> str | None:
-    kind = causal_lm.config.model_type
-    if kind not in FAMILIES:
-        return f"{kind} has no fused layers"
-    if causal_lm.config.hidden_act not in _ACTIVATIONS:
-        return f"fused layers gate with silu, not {causal_lm.config.hidden_act}"
+    if reason := why_not_fused(causal_lm):
+        return reason
     for layer in _layers(causal_lm):
-        if type(layer).__module__ != f"transformers.models.{kind}.modeling_{kind}":
-            return "its layers are not transformers' own"
         if "forward" in vars(layer) and fused_layer(layer) is None:
             return "something else stands in its layers' place"
-        for group in projections_of(layer, FAMILIES[kind]):
+        for group in projections_of(layer, FAMILIES[causal_lm.config.model_type]):
             if reason := why_no_projection(group):
                 return reason
     return None

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from core.models.families import Family
 from core.train.fused.adapters import Adapters
 from core.train.fused.elementwise import Elementwise
-from core.train.fused.families import Family
 from core.train.fused.halves import AttentionHalf, Batch, MlpHalf
 from core.train.fused.offload import HostStreams
 from core.train.fused.projection import ADAPTER
@@ -41,10 +41,10 @@ class FusedLayer:
     ) -> None:
         self.layer = layer
         self.recomputed, self.host = recomputed, host
-        self.adapters, self._is_first = adapters, is_first
+        self.adapters, self.is_first = adapters, is_first
         self.attention = AttentionHalf(layer, family, ops, adapters)
         self.mlp = MlpHalf(layer, family, ops, adapters)
-        self._factors = (*self.attention.factors(), *self.mlp.factors())
+        self.factors = (*self.attention.factors(), *self.mlp.factors())
         self._adapted = self.attention.adapted or self.mlp.adapted
         self.places: tuple[int, ...] = () if host is None else (host.new_place(), host.new_place())
 
@@ -78,12 +78,10 @@ class FusedLayer:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
         turn = (position_embeddings[0].detach(), position_embeddings[1].detach())
         batch = Batch(dtype, turn, attention_mask, options)
-        if self._is_first:
+        if self.is_first:
             self.adapters.refresh(dtype)
         given = (*self.attention.given(dtype), *self.mlp.given(dtype))
-        result: torch.Tensor = _Layer.apply(
-            self, batch, torch.is_grad_enabled(), hidden_states.squeeze(0), *given, *self._factors
-        )
+        result: torch.Tensor = _Layer.apply(self, batch, torch.is_grad_enabled(), hidden_states.squeeze(0), *given, *self.factors)
         return result[None]
 
 
@@ -143,4 +141,8 @@ class _Layer(torch.autograd.Function):
         of_x, first = attention.backward(
             of_middle, x, tuple(given[:split]), tuple(of_attention), attended, batch, wanted[:split], wants_x=wants_x
         )
-        return None, None, None, of_x, *first, *second, *attention.of_factors(first), *mlp.of_factors(second)
+        attention.leave(first)
+        mlp.leave(second)
+        if layer.is_first:  # which is the last to go back
+            layer.adapters.add_up()
+        return None, None, None, of_x, *first, *second, *(None for _ in layer.factors)

@@ -11,10 +11,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from core.models import start
+from core.models.fp8 import Functions8bit
+from core.models.joined import Dense, Weight, join_weights, part_weights, plain_layer, why_not_one
 from core.train.fused.adapters import Adapters, Place, Stacked
 from core.train.fused.elementwise import Elementwise
 from core.train.fused.ends import After, Before
-from core.train.fused.weights import Dense, Weight, join_weights, part_weights, plain_layer, why_not_one
 
 ADAPTER = "default"
 """Name of the adapter that trains."""
@@ -54,15 +55,16 @@ class Projection:
         self, modules: Sequence[torch.nn.Module], before: Before, after: After, adapters: Adapters, ops: Elementwise
     ) -> None:
         self._modules = tuple(modules)
-        self._weight, self._bias = join_weights(modules, ops)
+        self._weight, self._bias = join_weights(modules, Functions8bit(ops.rows_in_8_bits, ops.scaled_in_8_bits, ops.turned_over))
         self._before, self._after = before, after
         self._outputs = [plain_layer(module).out_features for module in modules]
         self._adapted, self._places = self._places_of()
         parts = [part[ADAPTER] for module in self._adapted for part in (module.lora_A, module.lora_B)]
         self._stacked: Stacked | None = None
-        if parts and all(isinstance(part, torch.nn.Linear) for part in parts):
+        ranks = {place.ranks.stop - place.ranks.start for place in self._places}
+        if len(ranks) == 1 and all(isinstance(part, torch.nn.Linear) for part in parts):
             factors = tuple(part.weight for part in parts)
-            self._stacked = adapters.add(Stacked(self._places, factors, sum(self._outputs)))
+            self._stacked = adapters.add(Stacked(tuple(self._places), factors, sum(self._outputs)))
 
     def parameters(self, dtype: torch.dtype) -> Parameters:
         """With a way back to the modules' own for their gradients."""
@@ -145,9 +147,10 @@ class Projection:
         """A and B of all modules where they are stacked for all micro-batches of a step."""
         return () if self._stacked is None else self._stacked.factors
 
-    def of_factors(self, found: Parameters) -> list[torch.Tensor | None]:
-        """Gradients of `factors`, from those of the parameters."""
-        return [] if self._stacked is None else self._stacked.gradients(found.down, found.up)
+    def leave(self, found: Parameters) -> None:
+        """Lay the gradients of stacked A and B where they are added up from."""
+        if self._stacked is not None:
+            torch._foreach_copy_([self._stacked.of_down, self._stacked.of_up], [found.down, found.up])
 
     def _adapters(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """All modules' A one below the other [R, inputs] and their scaled B on a diagonal [outputs, R]; None without any."""

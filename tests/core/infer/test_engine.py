@@ -172,6 +172,32 @@ def test_answers_step_back_and_are_taken_up_where_memory_is_short(small: Bench, 
     assert [ticket.cached_tokens for ticket in tickets] == [0] * 6, "pages found again are their own"
 
 
+def test_readers_who_are_told_while_the_next_step_runs_hear_the_same(small: Bench, start: Callable[..., Engine]) -> None:
+    """As on a GPU: stop strings are found a step late, while memory is short and answers step back."""
+    assert small.servables[0].host.runner is not None
+    small.servables[0].host.runner._compute.is_asynchronous = True
+    requests = []
+    for number in range(9):
+        ids, plain = prompt(number, 60), Sampling(max_tokens=150, ignore_eos=True)
+        text = "".join(item.text for item in small.expected(number % 3, ids, plain))
+        stop = (text[40 + number : 43 + number],) if number % 2 else ()
+        requests.append((number % 3, ids, Sampling(max_tokens=150, ignore_eos=number > 4, stop=stop), Asked()))
+    engine = start()
+    for which, ids, sampling, asked in requests:
+        engine.submit(small.servables[which], ids, sampling, asked)
+    ends = set()
+    for which, ids, sampling, asked in requests:
+        asked.wait()
+        expected = small.expected(which, ids, sampling)
+        assert [type(item) for item in asked.items] == [type(item) for item in expected]
+        assert [item.text for item in asked.items] == [item.text for item in expected]  # type: ignore[union-attr]
+        ends.add(expected[-1].reason)  # type: ignore[union-attr]
+    assert ends == {"stop", "length"}
+    engine.call(lambda: None)
+    assert small.pages.available == small.pages.count
+    assert engine.load == 0
+
+
 def test_who_leaves_is_forgotten_and_the_others_go_on(bench: Bench, start: Callable[..., Engine]) -> None:
     engine = start()
     stays, leaves = Asked(), Asked()
@@ -196,14 +222,14 @@ def test_a_request_that_breaks_a_step_fails_alone(
     engine = start()
     runner = bench.host.runner
     assert runner is not None
-    usual = runner._forward
+    usual = runner._compute.forward
 
-    def faulty(shares: Any, wanted: Any, store: Any) -> torch.Tensor:
+    def faulty(shares: Any, wanted: Any) -> torch.Tensor:
         if any(501 in context.ids for context, _ in shares):
             raise RuntimeError("injected")
-        return usual(shares, wanted, store)
+        return usual(shares, wanted)
 
-    monkeypatch.setattr(runner, "_forward", faulty)
+    monkeypatch.setattr(runner._compute, "forward", faulty)
     sampling = Sampling(max_tokens=12, ignore_eos=True)
     requests = [(number % 3, [*prompt(number, 20), 501 if number == 2 else 5], Asked()) for number in range(5)]
     engine.call(lambda: [engine.submit(bench.servables[which], ids, sampling, asked) for which, ids, asked in requests])
@@ -225,6 +251,7 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(
     usual = lane.draw
 
     def spoilt(logits: torch.Tensor, rows: Any) -> Any:
+        logits = logits.clone()
         for number, row in enumerate(rows):
             if len(row.prompt_ids) == 7:
                 logits[number] = float("nan")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
+from core.models.joined import FourBit
 from core.models.nf4 import join_4bit, part_4bit
-from core.train.fused.weights import FourBit
 
 KINDS = [("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True)]
 TOY = (64, 32, 48)  # with 64 inputs: 64, 32, 48 blocks, which fill no block of scales

@@ -105,8 +105,12 @@ class Child:
                 start_new_session=True,
             )
         os.close(writing)
-        self._pipe = os.fdopen(reading, "rb")
+        self._pipe = os.fdopen(reading, "rb", buffering=0)  # what was not asked for yet stays where `select` sees it
         self.events: list[ChildEvent] = []
+
+    def fileno(self) -> int:
+        """For `select`: readable when an event, or the end, is there."""
+        return self._pipe.fileno()
 
     def next_event(self) -> ChildEvent | None:
         """Waits for one event; None when the pipe is closed. A torn last line of a killed child is no event."""

@@ -11,14 +11,14 @@ from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from core.errors import BadSpec
 from core.eval.rows import collate_packed
 from core.events import Started
-from core.models.fp8 import Linear8bit, Rounding, rows_in_8_bits, rows_unrounded, scaled_in_8_bits, turned_over
+from core.models.fp8 import PLAIN_8BIT, Linear8bit, Rounding, rows_in_8_bits, rows_unrounded, scaled_in_8_bits, turned_over
+from core.models.joined import EightBit
 from core.models.load import dequantized_weight
 from core.models.targets import find_targets
 from core.train.fused import halves
-from core.train.fused.elementwise import PLAIN, Elementwise, compiled
+from core.train.fused.elementwise import Elementwise, compiled
 from core.train.fused.graphs import Recorder, Work
 from core.train.fused.install import forget_graphs, install_fused, install_graphs, uninstall_fused
-from core.train.fused.weights import EightBit
 from tests.core.train.fused import (
     CPU,
     FAMILIES,
@@ -82,7 +82,7 @@ def test_without_rounding_a_model_is_the_one_of_its_dequantised_weights(folders:
 def test_what_is_added_to_a_product_is_added_to_it(has_plus: bool, has_thin: bool) -> None:
     torch.manual_seed(0)
     layer = Linear8bit(torch.nn.Linear(64, 48, bias=False), CPU, Rounding())
-    weight = EightBit(layer.matrix(), PLAIN)
+    weight = EightBit(layer.matrix(), PLAIN_8BIT)
     x, gradient = torch.randn(7, 64), torch.randn(7, 48)
     plus = torch.randn(7, 48) if has_plus else None
     thin, thin_back = [(torch.randn(7, 3), torch.randn(3, width)) if has_thin else None for width in (48, 64)]

@@ -9,11 +9,11 @@ from pydantic import ValidationError
 from core.catalog import FAMILIES as CATALOGUE
 from core.errors import BadSpec
 from core.events import Started
+from core.models.families import FAMILIES
 from core.plan import check_spec
 from core.train import result
 from core.train.build import build_training
 from core.train.fused.elementwise import Elementwise, gated
-from core.train.fused.families import FAMILIES
 from core.train.fused.install import fused_layer
 from tests.core.train.runs import losses, run_input, spec_of, train_here
 from tests.tiny import build_tiny_model

@@ -11,9 +11,8 @@ from typing import Any, Protocol
 import torch
 from peft.tuners.lora import LoraLayer
 
-from core.models.fp8 import Matrix8bit, is_8bit, join_8bit, part_8bit
+from core.models.fp8 import PLAIN_8BIT, Functions8bit, Matrix8bit, is_8bit, join_8bit, part_8bit
 from core.models.nf4 import Joined4bit, is_4bit, join_4bit, part_4bit, why_not_joined
-from core.train.fused.elementwise import Elementwise
 
 Thin = tuple[torch.Tensor, torch.Tensor]
 """An adapter's second product, [N, R] and [R, outputs], that is added to the large one."""
@@ -93,21 +92,21 @@ class EightBit:
     """Frozen weights in 8-bit floats, multiplied as they are. On the way back they are needed turned over: made anew for every
     product, unless `keeps`."""
 
-    def __init__(self, matrix: Matrix8bit, ops: Elementwise, *, keeps: bool = False) -> None:
-        self._matrix, self._ops, self._keeps = matrix, ops, keeps
+    def __init__(self, matrix: Matrix8bit, functions: Functions8bit, *, keeps: bool = False) -> None:
+        self._matrix, self._functions, self._keeps = matrix, functions, keeps
         self._over: torch.Tensor | None = None
 
     def multiply(self, x: torch.Tensor, plus: torch.Tensor | None, thin: Thin | None = None) -> torch.Tensor:
-        return _sum(self._matrix.multiply(x, quantise=self._ops.rows_in_8_bits), plus, thin)
+        return _sum(self._matrix.multiply(x, quantise=self._functions.rows), plus, thin)
 
     def multiply_back(self, gradient: torch.Tensor, thin: Thin | None = None) -> torch.Tensor:
-        over = self._ops.turned_over(self._matrix.codes) if self._over is None else self._over
+        over = self._functions.turned_over(self._matrix.codes) if self._over is None else self._over
         if self._keeps:
             self._over = over
-        return _sum(self._matrix.multiply_back(gradient, over, quantise=self._ops.scaled_in_8_bits), None, thin)
+        return _sum(self._matrix.multiply_back(gradient, over, quantise=self._functions.scaled), None, thin)
 
     def at_hand(self, dtype: torch.dtype) -> Weight:
-        return EightBit(self._matrix, self._ops, keeps=True)
+        return EightBit(self._matrix, self._functions, keeps=True)
 
 
 class AtHand(_Multiplied):
@@ -170,8 +169,8 @@ def why_not_one(modules: Sequence[torch.nn.Module]) -> str | None:
     return None
 
 
-def join_weights(modules: Sequence[torch.nn.Module], ops: Elementwise) -> tuple[Weight, Dense | None]:
-    """(weight, bias) of linear layers, or of LoRA layers on them; `ops` are for weights that need more than a product.
+def join_weights(modules: Sequence[torch.nn.Module], functions: Functions8bit = PLAIN_8BIT) -> tuple[Weight, Dense | None]:
+    """(weight, bias) of linear layers, or of LoRA layers on them; `functions` are for weights in 8-bit floats.
 
     Raises ValueError where `why_not_one` has a reason.
     """
@@ -182,7 +181,7 @@ def join_weights(modules: Sequence[torch.nn.Module], ops: Elementwise) -> tuple[
     if is_4bit(layers[0]):
         return FourBit(join_4bit(layers)), bias
     if is_8bit(layers[0]):
-        return EightBit(join_8bit(layers), ops), bias
+        return EightBit(join_8bit(layers), functions), bias
     return Dense([layer.weight for layer in layers]), bias
 
 

@@ -1,4 +1,5 @@
-"""The families whose decoder layers are fused, and how they differ from Llama's. By model_type in config.json."""
+"""The families whose decoder layers are fused, in training and serving, and how they differ from Llama's. By model_type in
+config.json."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ class Family:
     """What attention and gate add to the residual stream is normed before."""
 
 
+_ACTIVATIONS = ("silu", "swish")
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "qwen2": Family(),
@@ -31,3 +34,15 @@ def projections_of(layer: Any, family: Family) -> tuple[list[Any], list[Any], li
     attention, mlp = layer.self_attn, layer.mlp
     heads = [attention.q_proj, attention.k_proj, attention.v_proj]
     return heads, [attention.o_proj], [getattr(mlp, name) for name in family.gate_up], [mlp.down_proj]
+
+
+def why_not_fused(model: Any) -> str | None:
+    """What keeps a causal LM's layers from being computed as this table says; None where nothing does."""
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        return f"{kind} has no fused layers"
+    if model.config.hidden_act not in _ACTIVATIONS:
+        return f"fused layers gate with silu, not {model.config.hidden_act}"
+    if any(type(layer).__module__ != f"transformers.models.{kind}.modeling_{kind}" for layer in model.get_decoder().layers):
+        return "its layers are not transformers' own"
+    return None

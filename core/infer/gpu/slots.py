@@ -1,0 +1,229 @@
+"""Adapters on a GPU: room for the ranks of many, and who has it now.
+
+Memory is cut into pages of 16 ranks of every linear module of the base, each page in one piece: an adapter is copied in from
+pinned host memory page by page, on a stream of its own, whatever its rank, and the step loop never waits for it. Who is asked
+stays; of the others the one that was asked longest ago leaves when room is needed. The engine's thread alone calls what is
+here, but for `staged`.
+
+Weights are kept in the base's dtype, as it is multiplied: under a bf16 base an adapter that was trained in fp32 is rounded once
+(2**-9 of each weight), and its sums are fp32 all the way.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from core.infer.gpu.low_rank import RANKS, Pool, SiteShape
+from core.infer.lora import LoraWeights, Residence, Site
+
+Group = Sequence[tuple[str, Any]]
+"""(path, linear module) of modules that read one input and are one matrix."""
+_MOST_PAGES = 16
+"""Of one adapter: rank 256."""
+_MOST_SLOTS = 512
+_ALIGNED = 64
+
+
+@dataclass(eq=False)
+class Staged:
+    """An adapter as it is copied to the GPU: `pages` [n, elements of a page], `counts` int32 [sites], `gains` fp32 [outputs].
+
+    How often that was done, and how often it had to leave for another, is counted since it was read.
+    """
+
+    pages: torch.Tensor
+    counts: torch.Tensor
+    gains: torch.Tensor | None
+    is_resident: bool = False
+    loads: int = 0
+    evictions: int = 0
+
+
+@dataclass(eq=False)
+class _Slot:
+    number: int
+    pages: list[int]
+    arrived: Any = None
+    """The event behind its copy; None where it is known to have passed."""
+    holders: int = 0
+
+
+@dataclass
+class Layout:
+    """Where each module's weights lie in a page."""
+
+    sites: list[SiteShape] = field(default_factory=list)
+    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Path -> (number of its site, which part of it)."""
+    elements: int = 0
+    outputs: int = 0
+
+    @classmethod
+    def of(cls, groups: Iterable[Group]) -> "Layout":
+        layout = cls()
+        for number, group in enumerate(groups):
+            inputs, outputs = group[0][1].in_features, tuple(module.out_features for _, module in group)
+            down_at = layout.elements
+            up_at = down_at + _aligned(len(group) * RANKS * inputs)
+            layout.elements = up_at + _aligned(sum(outputs) * RANKS)
+            layout.sites.append(SiteShape(number, inputs, outputs, down_at, up_at, layout.outputs))
+            layout.outputs += _aligned(sum(outputs))
+            layout.places |= {path: (number, part) for part, (path, _) in enumerate(group)}
+        return layout
+
+
+class DeviceSlots:
+    def __init__(self, groups: Iterable[Group], device: torch.device, dtype: torch.dtype, *, gib: float) -> None:
+        """`gib` is the room for all adapters; at least one of rank 16 has some."""
+        self.layout = Layout.of(groups)
+        self._device, self._dtype = device, dtype
+        pages = min(_MOST_SLOTS, max(1, int(gib * 2**30) // (self.layout.elements * dtype.itemsize)))
+        self._memory = torch.empty(pages, self.layout.elements, dtype=dtype, device=device)
+        self._table = torch.zeros(pages, min(_MOST_PAGES, pages), dtype=torch.int32, device=device)
+        self._counts = torch.zeros(pages, len(self.layout.sites), dtype=torch.int32, device=device)
+        self._gains: torch.Tensor | None = None
+        self._free_pages = list(range(pages))
+        self._free_slots = list(range(pages))
+        self._slots: OrderedDict[LoraWeights, _Slot] = OrderedDict()  # the longest unasked first
+        self._copying = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def pool(self) -> Pool:
+        """What kernels read. Its tensors stay the same, but for `gains`, which come with the first adapter that has any."""
+        return Pool(self._memory, self._table, self._counts, self._gains)
+
+    @property
+    def resident(self) -> int:
+        """Adapters on the GPU."""
+        return len(self._slots)
+
+    def staged(self, shapes: Mapping[str, int], sites: Iterable[tuple[str, Site]]) -> Staged | None:
+        """Any thread. None where the rank is more than a slot may have."""
+        needed = -(-max(shapes.values()) // RANKS)
+        if needed > self._table.shape[1]:
+            return None
+        is_whole = len(shapes) == len(self.layout.places) and set(shapes.values()) == {needed * RANKS}
+        make = torch.empty if is_whole else torch.zeros
+        pages = make(needed, self.layout.elements, dtype=self._dtype, pin_memory=self._copying is not None)
+        counts = torch.zeros(len(self.layout.sites), dtype=torch.int32)
+        gains = None
+        for path, site in sites:
+            number, part = self.layout.places[path]
+            shape = self.layout.sites[number]
+            counts[number] = max(int(counts[number]), -(-len(site.down) // RANKS))
+            begin = sum(shape.outputs[:part])
+            end = begin + shape.outputs[part]
+            for page, first in enumerate(range(0, len(site.down), RANKS)):
+                down, up = site.down[first : first + RANKS], site.up[:, first : first + RANKS]
+                downs = pages[page, shape.down_at : shape.down_at + len(shape.outputs) * RANKS * shape.inputs]
+                ups = pages[page, shape.up_at : shape.up_at + sum(shape.outputs) * RANKS]
+                downs.view(len(shape.outputs), RANKS, shape.inputs)[part, : len(down)].copy_(down)
+                ups.view(-1, RANKS)[begin:end, : len(down)].copy_(up)
+            if site.gain is not None:
+                gains = torch.ones(self.layout.outputs) if gains is None else gains
+                gains[shape.gains_at + begin : shape.gains_at + end] = site.gain.cpu()
+        return Staged(pages, counts, gains)
+
+    def ask(self, weights: LoraWeights) -> Residence:
+        """Whether a step may use it; where it may not yet, it is on its way, or everyone that is here is held."""
+        slot = self._slots.get(weights)
+        if slot is None:
+            if not self._make_room(len(weights.staged.pages)):
+                return "no-room"
+            slot = self._load(weights)
+        self._slots.move_to_end(weights)
+        if slot.arrived is not None and slot.arrived.query():
+            slot.arrived = None
+        return "here" if slot.arrived is None else "coming"
+
+    def prefetch(self, weights: LoraWeights) -> None:
+        """Begin to copy it where nobody has to leave for it."""
+        if weights not in self._slots and len(weights.staged.pages) <= len(self._free_pages):
+            self._load(weights)
+
+    def number(self, weights: LoraWeights) -> int:
+        """Its slot. What is launched from now on finds it there, though it may have to wait, on the GPU, for the copy.
+
+        Raises RuntimeError where no room can be made."""
+        if self.ask(weights) == "no-room":
+            raise RuntimeError("every adapter on the GPU is being asked, and there is no room for another")
+        slot = self._slots[weights]
+        if slot.arrived is not None:
+            torch.cuda.current_stream().wait_event(slot.arrived)
+        return slot.number
+
+    def hold(self, weights: LoraWeights) -> None:
+        """A request that is being answered needs it."""
+        self.number(weights)
+        self._slots[weights].holders += 1
+
+    def let_go(self, weights: LoraWeights) -> None:
+        self._slots[weights].holders -= 1
+
+    def forget(self, weights: LoraWeights) -> None:
+        """It is served no longer, and nobody holds it."""
+        if weights in self._slots:
+            self._leave(weights)
+
+    def alone(self, weights: LoraWeights) -> Pool:
+        """A pool with this adapter only, in slot 0, and nobody else's room taken."""
+        staged: Staged = weights.staged
+        table = torch.arange(len(staged.pages), dtype=torch.int32, device=self._device)[None]
+        gains = None if staged.gains is None else staged.gains.to(self._device)[None]
+        return Pool(staged.pages.to(self._device), table, staged.counts.to(self._device)[None], gains)
+
+    def _make_room(self, pages: int) -> bool:
+        free, leaving = len(self._free_pages), []
+        for weights, slot in self._slots.items():
+            if free >= pages:
+                break
+            is_coming = slot.arrived is not None and not slot.arrived.query()
+            if not slot.holders and not is_coming:
+                free += len(slot.pages)
+                leaving.append(weights)
+        if free < pages:
+            return False
+        for weights in leaving:
+            self._leave(weights)
+            weights.staged.evictions += 1
+        return True
+
+    def _leave(self, weights: LoraWeights) -> None:
+        slot = self._slots.pop(weights)
+        weights.staged.is_resident = False
+        self._free_pages += slot.pages
+        self._free_slots.append(slot.number)
+
+    def _load(self, weights: LoraWeights) -> _Slot:
+        staged: Staged = weights.staged
+        pages = [self._free_pages.pop() for _ in range(len(staged.pages))]
+        slot = self._slots[weights] = _Slot(self._free_slots.pop(), pages)
+        if staged.gains is not None and self._gains is None:
+            self._gains = torch.ones(len(self._table), self.layout.outputs, device=self._device)
+        if self._copying is None:
+            self._copy(slot, staged)
+        else:
+            # Steps that are under way may still read what lay there.
+            self._copying.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._copying):
+                self._copy(slot, staged)
+                slot.arrived = self._copying.record_event()
+        staged.is_resident = True
+        staged.loads += 1
+        return slot
+
+    def _copy(self, slot: _Slot, staged: Staged) -> None:
+        for page, content in zip(slot.pages, staged.pages, strict=True):
+            self._memory[page].copy_(content, non_blocking=True)
+        row = torch.tensor(slot.pages + [0] * (self._table.shape[1] - len(slot.pages)), dtype=torch.int32)
+        self._table[slot.number].copy_(row, non_blocking=True)
+        self._counts[slot.number].copy_(staged.counts, non_blocking=True)
+        if self._gains is not None:
+            self._gains[slot.number].copy_(staged.gains) if staged.gains is not None else self._gains[slot.number].fill_(1)
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // _ALIGNED) * _ALIGNED
