@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from core.infer.gpu.low_rank import RANKS, Pool, SiteShape
+from core.infer.gpu.pool import RANKS, Pool, SiteShape
 from core.infer.lora import LoraWeights, Residence, Site
 
 Group = Sequence[tuple[str, Any]]

@@ -14,7 +14,8 @@ import torch
 
 from core.infer.attention import KeyValues
 from core.infer.gpu.attend import Paging, attend_last, attend_pieces
-from core.infer.gpu.low_rank import DECODE_ROWS, PROMPT_ROWS, Pool, SiteShape, expand, shrink
+from core.infer.gpu.low_rank import DECODE_ROWS, PROMPT_ROWS, expand, shrink
+from core.infer.gpu.pool import RANKS, Pool, SiteShape
 from core.infer.lora import LoraWeights
 from core.models.traces import Trace
 
@@ -206,8 +207,9 @@ class StepAdapters:
             base = y[:, begin:end]
             added = torch.zeros_like(base, dtype=torch.float32)
             for content in pool.memory[pool.pages[0, :pages].long()].float():
-                down = content[site.down_at : site.up_at][: len(site.outputs) * 16 * site.inputs].view(-1, 16, site.inputs)[part]
-                up = content[site.up_at : site.up_at + sum(site.outputs) * 16].view(-1, 16)[begin:end]
+                downs = content[site.down_at : site.down_at + len(site.outputs) * RANKS * site.inputs]
+                down = downs.view(-1, RANKS, site.inputs)[part]
+                up = content[site.up_at : site.up_at + sum(site.outputs) * RANKS].view(-1, RANKS)[begin:end]
                 added += x.float() @ down.T @ up.T
             if pool.gains is not None:
                 plain = base.float() if bias is None else base.float() - bias[begin:end].float()
