@@ -171,7 +171,9 @@ class DeviceSlots:
     def alone(self, weights: LoraWeights) -> Pool:
         """A pool with this adapter only, in slot 0, and nobody else's room taken."""
         staged: Staged = weights.staged
-        table = torch.arange(len(staged.pages), dtype=torch.int32, device=self._device)[None]
+        # As wide as the table of all: a kernel is compiled for its width.
+        table = torch.zeros_like(self._table[:1])
+        table[0, : len(staged.pages)] = torch.arange(len(staged.pages), dtype=torch.int32, device=self._device)
         gains = None if staged.gains is None else staged.gains.to(self._device)[None]
         return Pool(staged.pages.to(self._device), table, staged.counts.to(self._device)[None], gains)
 
