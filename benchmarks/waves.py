@@ -27,6 +27,8 @@ from core.models.adapt import ADAPTER_WEIGHTS, PREFIX
 from core.models.load import load_base, pick_device
 
 RANK = 16
+ADAPTER_GIB = 4.0
+"""On a GPU; the 32 adapters of a case stay there."""
 
 
 class NoMeasurementError(Exception):
@@ -66,7 +68,7 @@ class Bench:
         base = load_base(
             folder, name=folder.name, weights="0" * 64, quantization="none", precision="auto", device=pick_device("auto")
         )
-        self.host = AdaptedBase(base, kv_gib=kv_gib)
+        self.host = AdaptedBase(base, kv_gib=kv_gib, adapter_gib=ADAPTER_GIB)
         if self.host.runner is None:
             raise NoMeasurementError(f"{folder.name}: packed steps can't express this model")
         self.base = Servable(self.host, folder)

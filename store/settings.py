@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     )
     serving_adapter_gib: float = _env(
         "STROP_SERVING_ADAPTER_GIB",
-        4.0,
+        2.0,
         "Of it, what LoRA adapters that are asked may take, per base; others wait in RAM.",
     )
     serving_running: int = _env("STROP_SERVING_RUNNING", 64, "Requests that one base answers at once.")

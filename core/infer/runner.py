@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 PAGE = 16
 """Tokens of a page."""
-ADAPTER_GIB = 4.0
-"""Room for adapters on a GPU: of an 8B model in bf16 48 of rank 16."""
+ADAPTER_GIB = 2.0
+"""Room for adapters on a GPU: of an 8B model in bf16 25 of rank 16."""
 
 
 @dataclass

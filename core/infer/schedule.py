@@ -99,17 +99,20 @@ class Scheduler(Generic[R]):
         self.drop_cancelled()
         room = self._most_tokens
         taken: list[tuple[R, Share]] = []
+        before = len(self._stepped_back)  # it only grows until somebody is admitted
         # Answers before prompts: who reads along waits for the next token.
         for request in sorted(self.running, key=lambda request: request.context.left > 1):
             count = min(request.context.left, room)
-            if count and request in self.running and self._make_room(request, count):
+            is_running = len(self._stepped_back) == before or request in self.running
+            if count and is_running and self._make_room(request, count):
                 taken.append((request, (request.context, count)))
                 room -= count
+        if len(self._stepped_back) > before:
+            taken = [entry for entry in taken if entry[0] in self.running]
         while room and (new := self._admit()) is not None:
             count = min(new.context.left, room)
             taken.append((new, (new.context, count)))
             room -= count
-        taken = [entry for entry in taken if entry[0] in self.running]
         order = {id(request.context.weights): number for number, request in enumerate(reversed(self.running))}
         return sorted(taken, key=lambda entry: order[id(entry[0].context.weights)])
 

@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 
 from core.infer.gpu.attend import Paging, attend_last, attend_pieces, piece_tokens
 from core.infer.gpu.elementwise import gate, norm, turn
-from core.infer.gpu.low_rank import DECODE_ROWS, PROMPT_ROWS, RANKS, Pool, SiteShape, expand, shrink
+from core.infer.gpu.low_rank import DECODE_ROWS, PROMPT_ROWS, expand, shrink
+from core.infer.gpu.pool import RANKS, Pool, SiteShape
 
 pytestmark = pytest.mark.gpu
 PAGE = 16

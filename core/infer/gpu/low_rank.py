@@ -8,43 +8,14 @@ matrix (queries, keys and values; gate and up) are the parts of one site: a laun
 arguments, not constants, so that a kernel is compiled once for all sites.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-RANKS = 16
-"""Ranks of a page."""
+from core.infer.gpu.pool import RANKS, Pool, SiteShape
+
 DECODE_ROWS, PROMPT_ROWS = 16, 64
 """Rows of a group at most."""
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Adapters on the device. `memory` [pages, elements of a page], contiguous, in the dtype that is multiplied.
-
-    `pages` int32 [slots, most pages of an adapter]; `counts` int32 [slots, sites]: pages that a slot has at a site, 0 where
-    it does nothing there; `gains` fp32 [slots, outputs of all sites], None where no adapter has any.
-    """
-
-    memory: torch.Tensor
-    pages: torch.Tensor
-    counts: torch.Tensor
-    gains: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class SiteShape:
-    """Where a site's weights lie in each page: `down` [parts, 16, inputs], then `up` [outputs of all parts, 16]."""
-
-    number: int
-    inputs: int
-    outputs: tuple[int, ...]
-    """Of each part."""
-    down_at: int
-    up_at: int
-    gains_at: int
 
 
 @triton.jit(do_not_specialize=["total_rows", "site", "parts"])

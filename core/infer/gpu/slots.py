@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from core.infer.gpu.low_rank import RANKS, Pool, SiteShape
+from core.infer.gpu.pool import RANKS, Pool, SiteShape
 from core.infer.lora import LoraWeights, Residence, Site
 
 Group = Sequence[tuple[str, Any]]
@@ -125,7 +125,7 @@ class DeviceSlots:
             if site.gain is not None:
                 gains = torch.ones(self.layout.outputs) if gains is None else gains
                 gains[shape.gains_at + begin : shape.gains_at + end] = site.gain.cpu()
-        return Staged(pages, counts, gains)
+        return Staged(pages, self._pinned(counts), None if gains is None else self._pinned(gains))
 
     def ask(self, weights: LoraWeights) -> Residence:
         """Whether a step may use it; where it may not yet, it is on its way, or everyone that is here is held."""
@@ -171,7 +171,9 @@ class DeviceSlots:
     def alone(self, weights: LoraWeights) -> Pool:
         """A pool with this adapter only, in slot 0, and nobody else's room taken."""
         staged: Staged = weights.staged
-        table = torch.arange(len(staged.pages), dtype=torch.int32, device=self._device)[None]
+        # As wide as the table of all: a kernel is compiled for its width.
+        table = torch.zeros_like(self._table[:1])
+        table[0, : len(staged.pages)] = torch.arange(len(staged.pages), dtype=torch.int32, device=self._device)
         gains = None if staged.gains is None else staged.gains.to(self._device)[None]
         return Pool(staged.pages.to(self._device), table, staged.counts.to(self._device)[None], gains)
 
@@ -197,6 +199,7 @@ class DeviceSlots:
         self._free_pages += slot.pages
         self._free_slots.append(slot.number)
 
+    @torch.inference_mode()
     def _load(self, weights: LoraWeights) -> _Slot:
         staged: Staged = weights.staged
         pages = [self._free_pages.pop() for _ in range(len(staged.pages))]
@@ -218,11 +221,17 @@ class DeviceSlots:
     def _copy(self, slot: _Slot, staged: Staged) -> None:
         for page, content in zip(slot.pages, staged.pages, strict=True):
             self._memory[page].copy_(content, non_blocking=True)
-        row = torch.tensor(slot.pages + [0] * (self._table.shape[1] - len(slot.pages)), dtype=torch.int32)
+        row = self._pinned(torch.tensor(slot.pages + [0] * (self._table.shape[1] - len(slot.pages)), dtype=torch.int32))
         self._table[slot.number].copy_(row, non_blocking=True)
         self._counts[slot.number].copy_(staged.counts, non_blocking=True)
-        if self._gains is not None:
-            self._gains[slot.number].copy_(staged.gains) if staged.gains is not None else self._gains[slot.number].fill_(1)
+        if staged.gains is not None and self._gains is not None:
+            self._gains[slot.number].copy_(staged.gains, non_blocking=True)
+        elif self._gains is not None:
+            self._gains[slot.number].fill_(1)
+
+    def _pinned(self, table: torch.Tensor) -> torch.Tensor:
+        """From pageable memory a copy may wait for what is before it on its stream."""
+        return table.pin_memory() if self._copying is not None else table
 
 
 def _aligned(elements: int) -> int:

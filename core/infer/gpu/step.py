@@ -6,6 +6,7 @@ Steps of one token a request may be padded to a number of rows: a row that nobod
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 
 from core.infer.attention import KeyValues
 from core.infer.gpu.attend import Paging, attend_last, attend_pieces
-from core.infer.gpu.low_rank import DECODE_ROWS, PROMPT_ROWS, Pool, SiteShape, expand, shrink
+from core.infer.gpu.low_rank import DECODE_ROWS, PROMPT_ROWS, expand, shrink
+from core.infer.gpu.pool import RANKS, Pool, SiteShape
 from core.infer.lora import LoraWeights
 from core.models.traces import Trace
 
@@ -65,34 +67,30 @@ def tables_of(
     begins = ends - counts
     computed = np.fromiter((context.computed for context, _ in shares), np.int32, len(shares))
     total = int(ends[-1])
-    ids = np.zeros(total, np.int32)
-    positions = np.arange(total, dtype=np.int32) + np.repeat(computed - begins, counts)
-    written = np.empty(total, np.int32)
     # Requests with one token come first in the list of page lists, which `lengths` goes along.
-    order = sorted(range(len(shares)), key=lambda number: counts[number] > 1)
-    starts = np.empty(len(shares), np.int32)
-    pages: list[int] = []
+    single = np.flatnonzero(counts == 1)
+    longer = np.flatnonzero(counts > 1)
+    held = [
+        context.pages[: -(-(context.computed + count) // page)]
+        for context, count in (shares[number] for number in (*single.tolist(), *longer.tolist()))
+    ]
+    sizes = np.fromiter(map(len, held), np.int32, len(held))
+    starts = sizes.cumsum(dtype=np.int32) - sizes
+    pages = np.fromiter(chain.from_iterable(held), np.int32, int(sizes.sum()))
+    ids, written = np.empty(total, np.int32), np.empty(total, np.int32)
+    positions = np.arange(total, dtype=np.int32) + np.repeat(computed - begins, counts)
+    rows, done = begins[single], computed[single]
+    ids[rows] = [context.ids[context.computed] for context, _ in (shares[number] for number in single.tolist())]
+    written[rows] = pages[starts[: len(single)] + done // page] * page + done % page
     pieces: list[tuple[int, int, int, int]] = []
-    for request, number in enumerate(order):
+    for request, number in enumerate(longer.tolist(), len(single)):
         context, count = shares[number]
-        begin, done = int(begins[number]), context.computed
-        held = context.pages[: -(-(done + count) // page)]
-        starts[request] = len(pages)
-        pages += held
-        if count == 1:
-            ids[begin] = context.ids[done]
-            written[begin] = held[done // page] * page + done % page
-        else:
-            here = slice(begin, begin + count)
-            ids[here] = context.ids[done : done + count]
-            place = positions[here]
-            written[here] = np.asarray(held, np.int32)[place // page] * page + place % page
-            pieces += [
-                (request, begin + first, min(piece_tokens, count - first), done + first)
-                for first in range(0, count, piece_tokens)
-            ]
-    last = [number for number in order if counts[number] == 1]
-    rows, lengths = begins[last], computed[last] + 1
+        begin, first = int(begins[number]), context.computed
+        here = slice(begin, begin + count)
+        ids[here] = context.ids[first : first + count]
+        written[here] = pages[starts[request] + positions[here] // page] * page + positions[here] % page
+        pieces += [(request, begin + n, min(piece_tokens, count - n), first + n) for n in range(0, count, piece_tokens)]
+    lengths = done + 1
     groups = _groups(slots, begins, counts, PROMPT_ROWS if pieces else DECODE_ROWS)
     if padded is not None:
         more = padded - total
@@ -103,7 +101,7 @@ def tables_of(
         if len(groups):
             groups = np.pad(groups, ((0, padded - len(groups)), (0, 0)))
     pieces_table = np.asarray(pieces, np.int32).reshape(-1, 4)
-    return Tables(ids, positions, written, rows, lengths, starts, pieces_table, groups, np.asarray(pages, np.int32))
+    return Tables(ids, positions, written, rows, lengths, starts, pieces_table, groups, pages)
 
 
 def _groups(slots: Sequence[int], begins: np.ndarray, counts: np.ndarray, most: int) -> np.ndarray:
@@ -209,8 +207,9 @@ class StepAdapters:
             base = y[:, begin:end]
             added = torch.zeros_like(base, dtype=torch.float32)
             for content in pool.memory[pool.pages[0, :pages].long()].float():
-                down = content[site.down_at : site.up_at][: len(site.outputs) * 16 * site.inputs].view(-1, 16, site.inputs)[part]
-                up = content[site.up_at : site.up_at + sum(site.outputs) * 16].view(-1, 16)[begin:end]
+                downs = content[site.down_at : site.down_at + len(site.outputs) * RANKS * site.inputs]
+                down = downs.view(-1, RANKS, site.inputs)[part]
+                up = content[site.up_at : site.up_at + sum(site.outputs) * RANKS].view(-1, RANKS)[begin:end]
                 added += x.float() @ down.T @ up.T
             if pool.gains is not None:
                 plain = base.float() if bias is None else base.float() - bias[begin:end].float()

@@ -198,6 +198,42 @@ def test_readers_who_are_told_while_the_next_step_runs_hear_the_same(small: Benc
     assert engine.load == 0
 
 
+def test_an_adapter_on_its_way_holds_up_nobody_else(
+    bench: Bench, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the first adapter arrives after a while, and for the second there is room when the first's answer is done."""
+    runner = bench.host.runner
+    assert runner is not None
+    first, second = (bench.servables[number].weights for number in (1, 2))
+    order: list[int] = []
+    questions: list[object] = []
+
+    def residence(weights: object) -> str:
+        questions.append(weights)
+        if weights is first:
+            return "here" if questions.count(first) > 40 else "coming"
+        return "no-room" if weights is second and 1 not in order else "here"
+
+    monkeypatch.setattr(runner, "residence", residence)
+    engine, sampling = start(), Sampling(max_tokens=8, ignore_eos=True)
+    requests = [(which, prompt(number, 20), Asked()) for number, which in enumerate((1, 0, 0, 2, 0))]
+
+    def submit(which: int, ids: list[int], asked: Asked) -> None:
+        def deliver(item: Item) -> None:
+            if isinstance(item, End):
+                order.append(which)
+            asked(item)
+
+        engine.submit(bench.servables[which], ids, sampling, deliver)
+
+    engine.call(lambda: [submit(*request) for request in requests])
+    for which, ids, asked in requests:
+        assert isinstance(asked.wait(), End)
+        assert asked.ids == [item.id for item in bench.expected(which, ids, sampling) if isinstance(item, Token)]
+    assert order[:2] == [0, 1], "what the queue has behind the second adapter waits with it"
+    assert bench.pages.available == bench.pages.count
+
+
 def test_who_leaves_is_forgotten_and_the_others_go_on(bench: Bench, start: Callable[..., Engine]) -> None:
     engine = start()
     stays, leaves = Asked(), Asked()
