@@ -63,6 +63,7 @@ def entries(path: Path, *, is_gzip: bool, most_bytes: int) -> Iterator[Entry]:
             yield Entry(name or info.name, kind, length, None, partial(stream.take, length))
             stream.skip(begin + length + -length % _BLOCK - stream.position)
             name = size = None
+        stream.drain()
 
 
 class _Stream:
@@ -101,6 +102,11 @@ class _Stream:
         while length:
             length -= len(self.take(min(length, _CHUNK)))
 
+    def drain(self) -> None:
+        """Read what is left: only at its end does a gzip file tell whether all of it was right."""
+        while self.some(_CHUNK):
+            pass
+
 
 def _header(stream: _Stream) -> tarfile.TarInfo | None:
     """The next header; None at the end, which is a block of zeros or, as some writers leave it, nothing."""
@@ -130,7 +136,7 @@ def _pax_records(data: bytes) -> dict[str, str]:
         digits, space, _ = data[at : at + 20].partition(b" ")
         length = int(digits) if digits.isdigit() else 0
         record = data[at + len(digits) + 1 : at + length]
-        if not space or not record.endswith(b"\n"):
+        if not space or not record.endswith(b"\n") or at + length > len(data):
             raise broken("a pax record that can't be read")
         key, _, value = record[:-1].decode("utf-8", "surrogateescape").partition("=")
         records[key] = value
