@@ -1,7 +1,8 @@
 """The preparer's child: `python -m core.prepare WORK_DIR` reads prepare.json and leaves what `core/run.py` names.
 
-`validate` turns an upload into report.json and rows.jsonl; `tokenize` turns rows.jsonl into the token cache and
-counts.json. It runs without torch, network or database, and dies with its supervisor: the end of stdin ends it.
+`validate` turns an upload (a file of rows, or an archive of pictures) into report.json and rows.jsonl; `tokenize` turns
+rows.jsonl into the token cache and counts.json. It runs without torch, network or database, and dies with its supervisor: the
+end of stdin ends it.
 
 What stands in an upload never fails it: a bad file is a report and exit code 0. Rows that a job's chat template refuses
 are the job's failure, and so are new tokens it can't have: exit code 12 (bad_data) or 11 (bad_spec), the reasons on stderr, the
@@ -15,6 +16,8 @@ from pathlib import Path
 from threading import Thread
 
 from core.data.conversation import Parsed, PlainText, Preference, kind_of
+from core.data.pictures.archive import is_archive
+from core.data.pictures.validate import validate_pictures
 from core.data.render import Rendered, check_new_tokens, render, render_preference, render_text
 from core.data.rows import read_row, write_row
 from core.data.template import ChatTemplate, choose_template
@@ -63,7 +66,10 @@ def prepare_rows(request: ValidateInput, work_dir: Path) -> None:
         def keep(number: int, parsed: Parsed) -> None:
             rows.write(write_row(number, parsed))
 
-        report = validate(request.upload, request.filename, keep)
+        if is_archive(request.upload):
+            report = validate_pictures(request.upload, work_dir, keep)
+        else:
+            report = validate(request.upload, request.filename, keep)
     if report.usable_rows:
         partial.replace(work_dir / ROWS_FILE)
     else:
@@ -125,6 +131,8 @@ def _sequences(parsed: Parsed, request: TokenizeInput, tokenizer: Tokenizer, tem
         return render_preference(parsed, tokenizer, template)
     if isinstance(parsed, PlainText):
         return render_text(parsed, tokenizer, request.max_length)
+    if not isinstance(parsed, list):
+        raise InvalidInput(f"rows of the kind {kind_of(parsed)} are not made of tokens alone")
     return [render(parsed, tokenizer, template, request.train_on)]
 
 

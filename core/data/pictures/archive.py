@@ -79,6 +79,12 @@ def archive_kind(path: Path) -> ArchiveKind | None:
     return None
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file is an archive of any kind, also of those that `read_archive` refuses."""
+    with path.open("rb") as file:
+        return _kind_of(file.read(_HEAD_BYTES)) is not None
+
+
 def read_archive(path: Path, findings: Findings, limits: Limits = LIMITS) -> Iterator[Member]:
     """Every sound member of an archive, in its order. `findings` gets the others.
 

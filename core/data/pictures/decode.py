@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from core.errors import InvalidInput, Problem
 
@@ -73,7 +73,7 @@ def decode_picture(data: bytes, name: str, *, at_least: int | None = None, max_p
         reason = str(error)
     except Image.DecompressionBombError:
         reason = _too_large(max_pixels)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         known = ", ".join(FORMATS)
         reason = f"not a picture of a known format ({known})" if data else "an empty file"
     except Exception as error:  # what a decoder raises over hostile bytes is anyone's guess, and all of it means the same
@@ -87,7 +87,6 @@ class _RefusedError(Exception):
 
 
 def _decode(data: bytes, at_least: int | None, max_pixels: int) -> Decoded:
-
 
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size

@@ -34,6 +34,14 @@ def refusal(path: Path, limits: Limits = LIMITS) -> tuple[str, str]:
     return problem.code, problem.message
 
 
+def read_or_refused(path: Path) -> tuple[list[Member], list[tuple[str, str]]] | str:
+    """What is read, or the code of what ends the reading."""
+    try:
+        return read(path)
+    except Unparsable as error:
+        return ", ".join(problem.code for problem in error.problems)
+
+
 def packed(tmp_path: Path, kind: str, members: list[tuple[str, bytes]] | None = None) -> Path:
     members = MEMBERS if members is None else members
     if kind.startswith("zip"):
@@ -99,7 +107,10 @@ def test_every_unsafe_name_is_named_with_every_reason(tmp_path: Path) -> None:
         ("unsafe-archive-member", '"f\\ng": a control character, or what is not UTF-8, in the name'),
         ("unsafe-archive-member", f'"{"x" * 60}…": a name of more than 1024 bytes'),
     ]
-    for path in (packed(tmp_path, "zip", [(name, b"1") for name in names]), packed(tmp_path, "tar", [(name, b"1") for name in names])):
+    for path in (
+        packed(tmp_path, "zip", [(name, b"1") for name in names]),
+        packed(tmp_path, "tar", [(name, b"1") for name in names]),
+    ):
         members, errors = read(path)
         assert errors == wanted
         assert [member.name for member in members] == ["ok", "a/b"]
@@ -216,7 +227,10 @@ def test_a_gzip_that_never_becomes_a_member_is_stopped_too(tmp_path: Path) -> No
     with gzip.open(tmp_path / "a", "wb", 1) as file:
         file.write(info.tobuf(tarfile.USTAR_FORMAT))
         file.write(b"\0" * (4 << 20))
-    assert refusal(tmp_path / "a") == ("broken-archive", "the archive can't be read: a name or record of 1073741824 bytes at byte 512")
+    assert refusal(tmp_path / "a") == (
+        "broken-archive",
+        "the archive can't be read: a name or record of 1073741824 bytes at byte 512",
+    )
 
 
 def test_lying_sizes_of_a_zip(tmp_path: Path) -> None:
@@ -273,19 +287,14 @@ def test_zip64_is_read(tmp_path: Path) -> None:
 def test_an_archive_cut_off_anywhere_is_refused_or_was_whole(kind: str, tmp_path: Path) -> None:
     data = packed(tmp_path, kind).read_bytes()
     whole = [Member(*member) for member in MEMBERS]
-    refused = 0
+    found = []
     for length in range(1, len(data), 37):
         (tmp_path / "cut").write_bytes(data[:length])
-        try:
-            members, errors = read(tmp_path / "cut")
-        except Unparsable as error:
-            assert error.problems[0].code == "broken-archive"
-            refused += 1
-        else:  # a tar is whole where a member ends
-            assert members == whole[: len(members)]
-            assert errors == []
-            assert kind == "tar"
-    assert refused > 10
+        found.append(read_or_refused(tmp_path / "cut"))
+    # A tar is whole where a member ends, or in the padding behind the last.
+    allowed = ["broken-archive", *((whole[:count], []) for count in range(len(whole) + 1) if kind == "tar")]
+    assert all(one in allowed for one in found)
+    assert found.count("broken-archive") > 10
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
@@ -293,12 +302,11 @@ def test_damage_anywhere_never_does_more_than_refuse(kind: str, tmp_path: Path) 
     data = packed(tmp_path, kind).read_bytes()
     for at in range(0, min(len(data), 12_000), 31):
         (tmp_path / "hurt").write_bytes(data[:at] + bytes([data[at] ^ 0xA5]) + data[at + 1 :])
-        try:
-            members, errors = read(tmp_path / "hurt")
-        except Unparsable as error:
-            assert len(error.problems) == 1
+        found = read_or_refused(tmp_path / "hurt")
+        if isinstance(found, str):
+            assert found in ("broken-archive", "archive-expands-too-far", "archive-not-supported")
         else:
-            assert len(members) + len(errors) <= len(MEMBERS)
+            assert len(found[0]) + len(found[1]) <= len(MEMBERS)
 
 
 def test_pax_records_that_lie(tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ def write(folder: Path, members: list[Member], rule: ResizeRule = RULE, wanted: 
 def test_round_trip_of_any_pictures(seed: int, tmp_path: Path) -> None:
     """Random numbers of pictures of random sizes and formats, some equal, under random rules."""
     random = np.random.default_rng(seed)
-    rule = [ResizeRule(None), ResizeRule(7), ResizeRule((5, 9)), ResizeRule(6, (8, 4)), ResizeRule(None, square=(1, 2, 3))][seed % 5]
+    rule = [ResizeRule(None), ResizeRule(7), ResizeRule((5, 9)), ResizeRule(6, (8, 4)), ResizeRule(None, square=(1, 2, 3))][
+        seed % 5
+    ]
     members: list[Member] = []
     for number in range(int(random.integers(0, 12))):
         if members and random.random() < 0.3:

@@ -72,7 +72,13 @@ def test_a_processor_that_does_something_else_is_refused_with_every_reason() -> 
 
 
 def test_facts_tell_rules_apart() -> None:
-    rules = [ResizeRule(8), ResizeRule((8, 8)), ResizeRule(8, (8, 8)), ResizeRule(8, None, "box"), ResizeRule(8, square=(1, 2, 3))]
+    rules = [
+        ResizeRule(8),
+        ResizeRule((8, 8)),
+        ResizeRule(8, (8, 8)),
+        ResizeRule(8, None, "box"),
+        ResizeRule(8, square=(1, 2, 3)),
+    ]
     assert len({str(rule.facts()) for rule in rules}) == len(rules)
 
 
