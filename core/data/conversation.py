@@ -79,6 +79,13 @@ def kind_of(parsed: Parsed) -> DataKind:
     return _KINDS[type(parsed)]
 
 
+def images_of(parsed: Parsed) -> list[str]:
+    """The pictures that a row names, in its order."""
+    if isinstance(parsed, PictureChat):
+        return parsed.images
+    return [parsed.image] if isinstance(parsed, PicturePair | PictureQuestion) else []
+
+
 @dataclass
 class Draft:
     """Collects the messages of one row and all that is wrong with them; `finish` gives one or raises the other."""

@@ -7,8 +7,10 @@ computes nothing that is cut away, a quarter of its time; since Pillow's box is 
 is then off by one level of 255.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -60,6 +62,26 @@ class ResizeRule:
         mean = config.get("image_mean") or (0.0, 0.0, 0.0)
         square = tuple(int(value * 255) for value in mean) if config.get("do_pad") else None
         return cls(size, crop, resample, square)  # type: ignore[arg-type]
+
+    @classmethod
+    def of_model(cls, folder: Path) -> "ResizeRule":
+        """The rule of a model folder's processor: preprocessor_config.json, or within processor_config.json, as transformers 5
+        writes it. Raises InvalidInput, also where the folder has neither."""
+        for name in ("processor_config.json", "preprocessor_config.json"):
+            try:
+                config = json.loads((folder / name).read_text(encoding="utf-8"))
+            except FileNotFoundError:
+                continue
+            except ValueError as error:
+                raise InvalidInput(f"{name} can't be read: {error}") from None
+            if (
+                isinstance(config, dict)
+                and isinstance(config := config.get("image_processor", config), dict)
+                and "size" in config
+            ):
+                return cls.of_processor(config)
+        message = "the model has no image processor: neither preprocessor_config.json nor processor_config.json gives a size"
+        raise InvalidInput(message, [Problem("missing-file", message)])
 
     def facts(self) -> dict[str, Any]:
         """As JSON: equal for equal rules, so fit for a key."""

@@ -16,7 +16,7 @@ import posixpath
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from core.data.conversation import Parsed, PictureChat, PicturePair, PictureQuestion
+from core.data.conversation import Parsed, images_of
 from core.data.findings import Findings
 from core.data.pictures.archive import read_archive
 from core.data.pictures.coco import coco_rows
@@ -46,7 +46,7 @@ def validate_pictures(upload: Path, scratch: Path, keep: Callable[[int, Parsed],
     named: set[str] = set()
 
     def keep_named(number: int, parsed: Parsed) -> None:
-        named.update(_images(parsed))
+        named.update(images_of(parsed))
         keep(number, parsed)
 
     judge = Judge(keep_named, has_pictures=True)
@@ -176,9 +176,3 @@ def _look_at_pictures(findings: Findings, contents: _Contents, names: PictureNam
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(map(shown, sorted(names)[:_NAMED])) + more
-
-
-def _images(parsed: Parsed) -> list[str]:
-    if isinstance(parsed, PictureChat):
-        return parsed.images
-    return [parsed.image] if isinstance(parsed, PicturePair | PictureQuestion) else []

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -450,6 +451,18 @@ def test_broken_llava_rows(name: str, code: str, tmp_path: Path) -> None:
     )
     assert {found for _, _, found, _ in errors(report)} >= {code}
     assert {row for row, *_ in errors(report)} == set(range(1, len(json.loads(data)) + 1)) - set(kept)
+
+
+def test_the_page_on_data_shows_a_row_of_each_format() -> None:
+    page = (Path(__file__).resolve().parents[4] / "docs" / "data.md").read_text()
+    lines = re.findall(r"^\| (\w+) \| (\w+) \| [^|]+ \| `(.*)` \|$", page, re.M)
+    formats = picture_formats(PictureNames({"images/1.jpg": None, "1.jpg": None, "2.jpg": None}))
+    assert {name for name, *_ in lines} == formats.keys()
+    for name, kind, row in lines:
+        value = json.loads(row)
+        assert next(known.name for known in formats.values() if known.matches(value)) == name
+        assert kind == formats[name].kind == kind_of(formats[name].parse(value))
+        assert formats[name].unknown_fields(value) == set()
 
 
 def test_formats_of_the_report_are_the_formats_on_offer() -> None:
