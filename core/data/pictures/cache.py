@@ -99,7 +99,7 @@ class PictureCache:
         """Name of a member -> its picture."""
         self._ends = ends
         # A file of no bytes can't be mapped.
-        self._pixels: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, "r") if total else np.empty(0, np.uint8)
+        self._pixels: npt.NDArray[np.uint8] = np.asarray(np.memmap(path, np.uint8, "r") if total else np.empty(0, np.uint8))
 
     @classmethod
     def open(cls, folder: Path) -> "PictureCache":
@@ -115,7 +115,7 @@ class PictureCache:
             raise IndexError(index)
         height, width = map(int, self.sizes[index])
         end = int(self._ends[index])
-        return np.asarray(self._pixels[end - height * width * 3 : end]).reshape(height, width, 3)
+        return self._pixels[end - height * width * 3 : end].reshape(height, width, 3)
 
     def batch(self, indices: Sequence[int]) -> Pixels:
         """uint8 [len(indices), height, width, 3], copied. Raises ValueError where the pictures differ in size."""

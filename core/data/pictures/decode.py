@@ -23,7 +23,7 @@ from core.errors import InvalidInput, Problem
 
 DECODER_VERSION = 1
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"})
 MAX_PIXELS = 64 << 20
 """67 million: the largest phone cameras' usual size, and 200 MB in memory."""
 BACKGROUND = (255, 255, 255)

@@ -13,13 +13,13 @@ from core.data.conversation import json_type
 from core.data.strict_json import shown
 from core.errors import Problem
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
-"""A scheme, or a drive letter."""
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://|data:|file:|[a-z]:[/\\]", re.IGNORECASE)
+"""Also one with a drive letter."""
 
 
 class PictureNames:
-    """`refused` holds every picture of the archive: its name, and why it can't be used or None. `folder` is where the
-    annotation file lies. `used` gathers what `find` found."""
+    """`refused` holds every file of the archive that a row may mean: its name, and why it can't be used or None. `folder` is
+    where the annotation file lies. `used` gathers what `find` found."""
 
     def __init__(self, refused: Mapping[str, str | None], folder: str = "") -> None:
         self._refused = refused
@@ -52,9 +52,6 @@ class PictureNames:
             else:
                 problems.append(Problem("missing-image", f"{shown(given)} is not in the archive{self._hint(given)}", field=where))
         return found
-
-    def unused(self) -> list[str]:
-        return sorted(self._refused.keys() - self.used)
 
     def _matches(self, name: str) -> list[str]:
         for whole in (posixpath.join(self._folder, name), name):

@@ -29,6 +29,7 @@ _RESAMPLE: dict[Resample, Image.Resampling] = {
     "hamming": Image.Resampling.HAMMING,
 }
 LARGEST_SIDE = 4096
+_SQUARE_SIDE = 8192
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,9 @@ def _resized(size: tuple[int, int], wanted: int | tuple[int, int]) -> tuple[int,
 
 def _squared(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     side = max(image.size)
+    if side > _SQUARE_SIDE:  # a line of a million pixels would need a million times as many round it
+        image = image.resize(tuple(max(1, length * _SQUARE_SIDE // side) for length in image.size))  # type: ignore[arg-type]
+        side = _SQUARE_SIDE
     ground = Image.new("RGB", (side, side), colour)
     ground.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return ground

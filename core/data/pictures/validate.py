@@ -97,6 +97,11 @@ class _Contents:
             else:
                 self.others.append(name)
 
+    def named(self) -> dict[str, str | None]:
+        """What a row may mean by a name, and why it can't be used or None."""
+        other = f"not a picture by its name; read are {', '.join(sorted(EXTENSIONS))}"
+        return {name: f"{name}: {other}" for name in self.others} | self.pictures
+
     def sidecars(self) -> set[str]:
         """The texts that stand beside a picture."""
         stems = {stem_of(name) for name in self.pictures}
@@ -123,12 +128,12 @@ def _judge_rows(judge: Judge, contents: _Contents, annotations: Path) -> Picture
         raise Unparsable(message, [Problem("no-annotations", message)])
     if chosen is None:
         contents.others += contents.texts.keys() - sidecars
-        names = PictureNames(contents.pictures)
+        names = PictureNames(contents.named())
         judge.formats = picture_formats(names)
         judge.read(sidecar_rows(contents.pictures, {name: contents.texts[name] for name in sidecars}))
         return names
     contents.others += contents.texts.keys() - {chosen}
-    names = PictureNames(contents.pictures, posixpath.dirname(chosen))
+    names = PictureNames(contents.named(), posixpath.dirname(chosen))
     judge.formats = picture_formats(names)
     annotations.write_bytes(contents.texts[chosen])
     contents.texts.clear()
@@ -160,7 +165,7 @@ def _choose(files: list[str]) -> str | None:
 
 def _look_at_pictures(findings: Findings, contents: _Contents, names: PictureNames) -> None:
     """What deserves a look beside the rows."""
-    unused = names.unused()
+    unused = sorted(contents.pictures.keys() - names.used)
     if sound := [name for name in unused if contents.pictures[name] is None]:
         findings.warn(Problem("unused-image", f"pictures that no row names: {_listed(sound)}"))
     if contents.others:

@@ -98,3 +98,6 @@ def test_a_loose_rule_leaves_room_to_crop_from_and_cuts_nothing() -> None:
 
 def test_a_sliver_does_not_become_a_giant() -> None:
     assert ResizeRule(224).apply(Image.fromarray(noise(0, 1, 3000))).shape == (224, 16_384, 3)
+    square = ResizeRule((8, 8), square=(1, 2, 3)).apply(Image.new("RGB", (1_000_000, 2), (9, 9, 9)))
+    assert square.shape == (8, 8, 3)
+    assert square[0, 0].tolist() == [1, 2, 3]

@@ -17,6 +17,7 @@ from core.data.pictures.names import PictureNames
 from core.data.pictures.validate import validate_pictures
 from core.data.rows import read_row, write_row
 from core.records import DatasetReport
+from core.spec import SftObjective
 from tests.core.data.pictures.draw import DATA, noise, saved, write_tar, write_zip
 
 VISION = DATA / "vision"
@@ -261,6 +262,22 @@ def test_a_picture_that_can_not_be_decoded_costs_the_rows_that_name_it(tmp_path:
     assert found[0][3].startswith("a.png: not a picture of a known format")
     assert found[1][3].startswith("c.jpg: can't be decoded: ")
     assert warnings(report) == [("bad-image", "d.gif: an empty file; no row names it")]
+
+
+def test_a_picture_of_a_kind_that_is_not_read_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    rows = lines({"file_name": "a.heic", "text": "t"}, {"file_name": "images/b.png", "text": "t"})
+    report, kept = judge(archive(tmp_path, rows, pictures={**PICTURES, "a.heic": b"1"}))
+    assert list(kept) == [2]
+    ((row, field, code, message),) = errors(report)
+    assert (row, field, code) == (1, "file_name", "bad-image")
+    assert message.startswith("a.heic: not a picture by its name; read are bmp, ")
+
+
+def test_a_job_over_rows_of_another_kind_is_told_what_they_are(tmp_path: Path) -> None:
+    report, _ = judge(archive(tmp_path, lines({"file_name": "images/b.png", "text": "t"})))
+    sentence = report.wrong_kind("ds_1", SftObjective())
+    assert sentence is not None
+    assert sentence.startswith("ds_1 holds picture_pair rows (format imagefolder), which are for ")
 
 
 def test_what_deserves_a_look(tmp_path: Path) -> None:
