@@ -11,7 +11,7 @@ unsafe-archive-member, encrypted-member, nested-archive, member-too-large, dupli
 
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -53,13 +53,14 @@ _HEAD_BYTES = 512
 _NAME_BYTES = 1024
 _DRIVE = re.compile(r"[A-Za-z]:")
 _CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+_READ: dict[str, ArchiveKind] = {"zip": "zip", "tar": "tar", "gzip": "tar.gz"}
 _OTHER_KINDS = {
-    b"BZh": "bzip2",
     b"\xfd7zXZ\x00": "xz",
     b"\x28\xb5\x2f\xfd": "zstandard",
     b"7z\xbc\xaf\x27\x1c": "7z",
     b"Rar!\x1a\x07": "rar",
 }
+_BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
 _CLUTTER = re.compile(r"(^|/)(__MACOSX/|\._[^/]*\Z|\.DS_Store\Z|Thumbs\.db\Z|desktop\.ini\Z)")
 """What operating systems put beside people's files."""
 
@@ -69,14 +70,12 @@ def archive_kind(path: Path) -> ArchiveKind | None:
     with path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
     kind = _kind_of(head)
-    if kind in ("zip", "tar"):
-        return kind  # type: ignore[return-value]
-    if kind == "gzip":
-        return "tar.gz"
-    if kind is not None:
+    if kind is None:
+        return None
+    if kind not in _READ:
         message = f"a {kind} archive; pack the files as zip, tar or tar.gz"
         raise Unparsable(message, [Problem("archive-not-supported", message)])
-    return None
+    return _READ[kind]
 
 
 def is_archive(path: Path) -> bool:
@@ -128,7 +127,7 @@ def _expands_too_far(name: str, most: int) -> Unparsable:
 def _read(entry: Entry, faults: list[tuple[str, str]]) -> bytes:
     try:
         data = entry.read()
-    except (BadZipFile, EOFError, zlib.error, OSError, ValueError, NotImplementedError) as error:
+    except (BadZipFile, EOFError, zlib.error, ValueError, NotImplementedError) as error:
         faults.append(("broken-member", str(error) or type(error).__name__))
         return b""
     if len(data) != entry.size:
@@ -142,16 +141,16 @@ def _read(entry: Entry, faults: list[tuple[str, str]]) -> bytes:
 def _faults(entry: Entry, name: str, seen: set[str], limits: Limits) -> Iterator[tuple[str, str]]:
     """(code, reason) of everything that forbids to read an entry."""
     raw = entry.name
-    checks: list[tuple[bool, Callable[[], str]]] = [
-        (raw.startswith("/") or bool(_DRIVE.match(raw)), lambda: "an absolute name; names must be relative"),
-        (".." in re.split(r"[/\\]", raw), lambda: "the name leaves the archive's folder (..)"),
-        ("\\" in raw, lambda: "a backslash in the name; write / between folders"),
-        (bool(_CONTROL.search(raw)), lambda: "a control character, or what is not UTF-8, in the name"),
-        (not name, lambda: "an empty name"),
-        (len(raw.encode(errors="replace")) > _NAME_BYTES, lambda: f"a name of more than {_NAME_BYTES} bytes"),
-        (entry.kind not in ("file", "encrypted"), lambda: f"a {entry.kind}; only files may stand in a dataset"),
-    ]
-    yield from (("unsafe-archive-member", reason()) for is_wrong, reason in checks if is_wrong)
+    unsafe = (
+        (raw.startswith("/") or bool(_DRIVE.match(raw)), "an absolute name; names must be relative"),
+        (".." in re.split(r"[/\\]", raw), "the name leaves the archive's folder (..)"),
+        ("\\" in raw, "a backslash in the name; write / between folders"),
+        (bool(_CONTROL.search(raw)), "a control character, or what is not UTF-8, in the name"),
+        (not name, "an empty name"),
+        (len(raw.encode(errors="replace")) > _NAME_BYTES, f"a name of more than {_NAME_BYTES} bytes"),
+        (entry.kind not in ("file", "encrypted"), f"a {entry.kind}; only files may stand in a dataset"),
+    )
+    yield from (("unsafe-archive-member", reason) for is_unsafe, reason in unsafe if is_unsafe)
     if entry.kind == "encrypted":
         yield "encrypted-member", "the member is encrypted; pack it without a password"
     if name in seen:
@@ -171,6 +170,8 @@ def _kind_of(head: bytes) -> str | None:
         return "zip"
     if head.startswith(b"\x1f\x8b"):
         return "gzip"
+    if _BZIP2.match(head):
+        return "bzip2"
     if tarred.is_header(head):
         return "tar"
     return next((kind for magic, kind in _OTHER_KINDS.items() if head.startswith(magic)), None)

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from core.data.strict_json import plain
 from core.errors import InvalidInput, Problem
 
 DECODER_VERSION = 1
@@ -77,7 +78,7 @@ def decode_picture(data: bytes, name: str, *, at_least: int | None = None, max_p
         known = ", ".join(FORMATS)
         reason = f"not a picture of a known format ({known})" if data else "an empty file"
     except Exception as error:  # what a decoder raises over hostile bytes is anyone's guess, and all of it means the same
-        reason = f"can't be decoded: {error or type(error).__name__}"
+        reason = f"can't be decoded: {plain(str(error)) or type(error).__name__}"
     message = f"{name}: {reason}"
     raise InvalidInput(message, [Problem("bad-image", message)])
 
@@ -87,7 +88,6 @@ class _RefusedError(Exception):
 
 
 def _decode(data: bytes, at_least: int | None, max_pixels: int) -> Decoded:
-
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
         if width * height > max_pixels:

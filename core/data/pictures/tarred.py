@@ -86,7 +86,7 @@ class _Stream:
         while length:
             try:
                 piece = self._file.read(min(length, _CHUNK))
-            except (OSError, EOFError, zlib.error) as error:
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 raise broken(f"{error} at unpacked byte {self.position}") from None
             if not piece:
                 break

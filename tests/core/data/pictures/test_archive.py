@@ -1,5 +1,6 @@
 """Archives, sound and hostile: what is read, and the exact words for what is not."""
 
+import bz2
 import gzip
 import io
 import lzma
@@ -85,15 +86,16 @@ def test_folders_and_the_clutter_of_systems_are_passed_over(tmp_path: Path) -> N
 
 
 def test_a_file_that_is_no_archive_is_none(tmp_path: Path) -> None:
-    for data in (b"", b'{"a": 1}', b"a,b\n" * 300, b"\0" * 1024):
+    for data in (b"", b'{"a": 1}', b"a,b\n" * 300, b"BZh is no archive", b"\0" * 1024):
         (tmp_path / "a").write_bytes(data)
         assert archive_kind(tmp_path / "a") is None
     assert refusal(tmp_path / "a") == ("broken-archive", "the archive can't be read: neither a zip nor a tar file")
 
 
 def test_other_kinds_are_told_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(lzma.compress(b"x"))
-    assert refusal(tmp_path / "a") == ("archive-not-supported", "a xz archive; pack the files as zip, tar or tar.gz")
+    for data, kind in ((lzma.compress(b"x"), "xz"), (bz2.compress(b"x"), "bzip2"), (b"Rar!\x1a\x07\0", "rar")):
+        (tmp_path / "a").write_bytes(data)
+        assert refusal(tmp_path / "a") == ("archive-not-supported", f"a {kind} archive; pack the files as zip, tar or tar.gz")
 
 
 def test_every_unsafe_name_is_named_with_every_reason(tmp_path: Path) -> None:
