@@ -172,6 +172,25 @@ def test_truncated_files_are_refused_in_every_format() -> None:
         assert refusal(data[: int(len(data) * 0.5)], at_least=8)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_damaged_files_are_decoded_or_refused_and_nothing_else(format_name: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(noise(2, 20, 20), format_name, **({} if format_name in ("BMP", "GIF") else {"exif": exif}))
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        hurt = bytearray(data)
+        for at in random.integers(0, len(data) if random.random() < 0.5 else 120, 3):
+            hurt[at] ^= int(random.integers(1, 256))
+        try:
+            assert decode_picture(bytes(hurt), "p", max_pixels=1 << 20).pixels.shape[2] == 3
+        except InvalidInput:
+            refused += 1
+    assert refused
+
+
 def test_what_is_no_picture_is_said_to_be_none() -> None:
     assert "not a picture of a known format" in refusal(b"This is a text.")
     assert "an empty file" in refusal(b"")
