@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import serve
+from benchmarks import serve, vision
 from benchmarks.results import FOLDER, ROOT
 from benchmarks.service import READY_AIM, READY_MUST, SHARE_AIM, SHARE_MUST
 from benchmarks.train import CASES, TIERS
@@ -55,6 +55,12 @@ SUBJECTS: dict[str, Subject] = {
         "`benchmarks/serve.py`: requests of random tokens on the inference engine, 128 in and 128 out, adapters of rank 16 on "
         "all linear modules, output tokens from first submission to last finish, median of waves. `cpu-135m/8-clients` is fp32 "
         "on two shared cores, 64 in and 64 out, the best of several turns of each side. Adapters on disk are in the page cache.",
+    ),
+    "vision": Subject(
+        "Vision",
+        "`benchmarks/vision.py`. `jpeg-pipeline` is of one CPU core: made JPEGs of 640 x 480 and 160 KB out of shards, "
+        "decoded and brought to 224 x 224, over the CPU seconds of the process; plain is tarfile, Pillow and transformers' "
+        "processor on the same shards; cached is what an epoch reads of the same pictures, prepared.",
     ),
     "plan": Subject("Plan", "`benchmarks/plan.py`: what the plan said before, and what a run took."),
     "memory": Subject(
@@ -106,6 +112,7 @@ def targets() -> list[Target]:
     found.append(Target("service", "service/llama-1.1b/lora/all/short", "", "share_of_bare", "", SHARE_MUST, SHARE_AIM))
     found.append(Target("service", "ready/llama-1.1b", "", "claimed_to_first_step_seconds", "s", READY_MUST, READY_AIM))
     found += [Target("serve", name, "", metric, "", must, aim) for name, (metric, must, aim) in serve.TARGETS.items()]
+    found += [Target("vision", name, "", metric, "samples/s", must, aim) for name, (metric, must, aim) in vision.TARGETS.items()]
     return found
 
 

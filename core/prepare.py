@@ -1,7 +1,8 @@
 """The preparer's child: `python -m core.prepare WORK_DIR` reads prepare.json and leaves what `core/run.py` names.
 
-`validate` turns an upload into report.json and rows.jsonl; `tokenize` turns rows.jsonl into the token cache and
-counts.json. It runs without torch, network or database, and dies with its supervisor: the end of stdin ends it.
+`validate` turns an upload (a file of rows, or an archive of pictures) into report.json and rows.jsonl; `tokenize` turns
+rows.jsonl into the token cache and counts.json; `pictures` brings the pictures that rows name to a model's size. It runs
+without torch, network or database, and dies with its supervisor: the end of stdin ends it.
 
 What stands in an upload never fails it: a bad file is a report and exit code 0. Rows that a job's chat template refuses
 are the job's failure, and so are new tokens it can't have: exit code 12 (bad_data) or 11 (bad_spec), the reasons on stderr, the
@@ -14,21 +15,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Thread
 
-from core.data.conversation import Parsed, PlainText, Preference, kind_of
+from core.data.conversation import Parsed, PlainText, Preference, images_of, kind_of
+from core.data.findings import Findings
+from core.data.pictures.archive import is_archive, read_archive
+from core.data.pictures.cache import write_picture_cache
+from core.data.pictures.resize import ResizeRule
+from core.data.pictures.validate import validate_pictures
 from core.data.render import Rendered, check_new_tokens, render, render_preference, render_text
 from core.data.rows import read_row, write_row
 from core.data.template import ChatTemplate, choose_template
 from core.data.tokenizer import Tokenizer
 from core.data.tokens import TokenRow, write_token_cache
 from core.data.validate import validate
-from core.errors import BadData, InvalidInput, RunError
+from core.errors import BadData, BadSpec, InvalidInput, RunError, Unparsable
 from core.model_folder import tokenizer_digest
 from core.run import (
     COUNTS_FILE,
+    PICTURES_FOLDER,
     RENDERER_VERSION,
     REPORT_FILE,
     ROWS_FILE,
     TOKENS_FOLDER,
+    PicturesInput,
     TokenizeInput,
     ValidateInput,
     read_prepare_input,
@@ -45,8 +53,10 @@ def main(work_dir: Path) -> int:
     try:
         if isinstance(request, ValidateInput):
             prepare_rows(request, work_dir)
-        else:
+        elif isinstance(request, TokenizeInput):
             prepare_tokens(request, work_dir)
+        else:
+            prepare_pictures(request, work_dir)
     except RunError as error:
         print(error, file=sys.stderr)  # noqa: T201  the supervisor reads it there
         code = error.reason.facts.exit_code
@@ -63,7 +73,10 @@ def prepare_rows(request: ValidateInput, work_dir: Path) -> None:
         def keep(number: int, parsed: Parsed) -> None:
             rows.write(write_row(number, parsed))
 
-        report = validate(request.upload, request.filename, keep)
+        if is_archive(request.upload):
+            report = validate_pictures(request.upload, work_dir, keep)
+        else:
+            report = validate(request.upload, request.filename, keep)
     if report.usable_rows:
         partial.replace(work_dir / ROWS_FILE)
     else:
@@ -93,6 +106,29 @@ def prepare_tokens(request: TokenizeInput, work_dir: Path) -> None:
     group = 2 if request.data_kind == "preference" else 1
     counts = write_token_cache(work_dir / TOKENS_FOLDER, request.dataset_id, rows, request.max_length, facts, group)
     _write_whole(work_dir / COUNTS_FILE, counts.model_dump_json())
+
+
+def prepare_pictures(request: PicturesInput, work_dir: Path) -> None:
+    """Leave pictures/.
+
+    Raises BadData with the pictures that can't be had, BadSpec for a model whose processor can't be followed.
+    """
+    try:
+        rule = ResizeRule.of_model(request.model_folder)
+        rule = rule.loose() if request.loose else rule
+    except InvalidInput as error:
+        reasons = [f"{problem.field}: {problem.message}" if problem.field else problem.message for problem in error.problems]
+        raise BadSpec(f"{request.model_folder.name}: {'; '.join(reasons) or error.detail}") from None
+    wanted: set[str] = set()
+    with request.rows.open(encoding="utf-8", newline="\n") as lines:
+        for line in lines:
+            wanted.update(images_of(read_row(line)[1]))
+    findings = Findings()
+    try:
+        members = read_archive(request.upload, findings)
+        write_picture_cache(work_dir / PICTURES_FOLDER, members, frozenset(wanted), rule, {"dataset": request.dataset_id})
+    except (InvalidInput, Unparsable) as error:
+        raise BadData(f"{request.dataset_id}: {error.detail}") from None
 
 
 def _rendered(request: TokenizeInput, tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[TokenRow]:
@@ -125,6 +161,8 @@ def _sequences(parsed: Parsed, request: TokenizeInput, tokenizer: Tokenizer, tem
         return render_preference(parsed, tokenizer, template)
     if isinstance(parsed, PlainText):
         return render_text(parsed, tokenizer, request.max_length)
+    if not isinstance(parsed, list):
+        raise InvalidInput(f"rows of the kind {kind_of(parsed)} are not made of tokens alone")
     return [render(parsed, tokenizer, template, request.train_on)]
 
 

@@ -41,6 +41,8 @@ class DatasetReport(Record):
     format: str | None = Field(
         description="alpaca, sharegpt, messages, prompt_completion; "
         "preference, preference_implicit, preference_alpaca, preference_sharegpt, preference_openai; text; "
+        "of pictures: imagefolder, open_clip, image_text, image_caption, image_captions, coco_captions; vqa_answer, vqa_answers; "
+        "llava, messages_images; "
         "null when not even that is clear."
     )
     kind: DataKind | None = Field(default=None, description="What a row is, by the format; an objective trains on one kind.")
@@ -50,6 +52,7 @@ class DatasetReport(Record):
     turns: int = 0
     characters: int = 0
     duplicate_rows: int = 0
+    pictures: int = Field(default=0, description="Different pictures that usable rows name.")
     error_count: int
     warning_count: int
     errors: list[RowProblem]
@@ -62,8 +65,9 @@ class DatasetReport(Record):
         if held == wanted:
             return None
         meant_for = " or ".join(name for name, kind in DATA_KINDS.items() if kind == held)
+        whose = f"objective {meant_for}" if meant_for else "no objective yet"
         return (
-            f"{dataset_id} holds {held} rows (format {self.format}), which are for objective {meant_for}; "
+            f"{dataset_id} holds {held} rows (format {self.format}), which are for {whose}; "
             f"objective {objective.kind} trains on {wanted} rows"
         )
 

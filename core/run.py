@@ -22,6 +22,7 @@ REPORT_FILE = "report.json"
 ROWS_FILE = "rows.jsonl"
 COUNTS_FILE = "counts.json"
 TOKENS_FOLDER = "tokens"
+PICTURES_FOLDER = "pictures"
 LOG_FILE = "log"
 
 JUDGED_ANSWERS = 64
@@ -85,15 +86,26 @@ class TokenizeInput(_HandOver):
     new_tokens: list[str] = Field(default_factory=list, description="Added to the model's tokenizer, as DataSpec has them.")
 
 
-PrepareInput = Annotated[ValidateInput | TokenizeInput, Field(discriminator="kind")]
-_prepare_input: TypeAdapter[ValidateInput | TokenizeInput] = TypeAdapter(PrepareInput)
+class PicturesInput(_HandOver):
+    """Bring the pictures that rows name to the size a model takes. Leaves the closed folder pictures/ (a picture cache)."""
+
+    kind: Literal["pictures"] = "pictures"
+    dataset_id: str
+    upload: Path
+    rows: Path
+    model_folder: Path
+    loose: bool = Field(default=False, description="Nothing cut and larger than the model takes, for augmentations to crop from.")
+
+
+PrepareInput = Annotated[ValidateInput | TokenizeInput | PicturesInput, Field(discriminator="kind")]
+_prepare_input: TypeAdapter[ValidateInput | TokenizeInput | PicturesInput] = TypeAdapter(PrepareInput)
 
 
 def read_run_input(run_dir: Path) -> RunInput:
     return RunInput.model_validate_json((run_dir / RUN_FILE).read_bytes())
 
 
-def read_prepare_input(work_dir: Path) -> ValidateInput | TokenizeInput:
+def read_prepare_input(work_dir: Path) -> ValidateInput | TokenizeInput | PicturesInput:
     return _prepare_input.validate_json((work_dir / PREPARE_FILE).read_bytes())
 
 

@@ -31,7 +31,7 @@ MetadataKey = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$", max_length
 MetadataValue = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$", max_length=512)]
 
 
-DataKind = Literal["conversation", "preference", "text"]
+DataKind = Literal["conversation", "preference", "text", "picture_pair", "picture_question", "picture_chat"]
 """What the rows of a dataset are; its format tells. An objective trains on rows of one kind."""
 
 

@@ -29,7 +29,8 @@ _FORM = {
                         "file": {
                             "type": "string",
                             "format": "binary",
-                            "description": "JSON, JSONL or CSV, in UTF-8: conversations, preferences or plain texts.",
+                            "description": "JSON, JSONL or CSV, in UTF-8: conversations, preferences or plain texts. "
+                            "Or an archive (zip, tar, tar.gz) of pictures with their annotations.",
                         },
                     },
                 },

@@ -1,5 +1,7 @@
 """What a row is, and the rules of a conversation that can be trained on. Every format ends here; the renderer begins here.
 
+A picture stands in a row as the name of an archive's member; nothing here opens one.
+
 A conversation is: at most one system message, first; then user and assistant in turn, the user first; at least one
 assistant message. It may end with a user message, which then teaches nothing. A preference is a conversation up to a user
 message, and two answers to that.
@@ -36,14 +38,52 @@ class PlainText(NamedTuple):
     text: str
 
 
-Parsed = list[Message] | Preference | PlainText
+class PicturePair(NamedTuple):
+    """A picture and what may be said of it: at least one caption, none of them empty."""
+
+    image: str
+    captions: list[str]
+
+
+class PictureQuestion(NamedTuple):
+    """A question about a picture, and what people answered: at least one answer, maybe the same one several times."""
+
+    image: str
+    question: str
+    answers: list[str]
+
+
+class PictureChat(NamedTuple):
+    """A conversation in which IMAGE_MARK stands where the pictures go, as often as there are `images`, in their order."""
+
+    images: list[str]
+    messages: list[Message]
+
+
+IMAGE_MARK = "<image>"
+
+Parsed = list[Message] | Preference | PlainText | PicturePair | PictureQuestion | PictureChat
 """A row as its format gives it, one type for each kind of data."""
+
+_KINDS: dict[type, DataKind] = {
+    list: "conversation",
+    Preference: "preference",
+    PlainText: "text",
+    PicturePair: "picture_pair",
+    PictureQuestion: "picture_question",
+    PictureChat: "picture_chat",
+}
 
 
 def kind_of(parsed: Parsed) -> DataKind:
-    if isinstance(parsed, Preference):
-        return "preference"
-    return "text" if isinstance(parsed, PlainText) else "conversation"
+    return _KINDS[type(parsed)]
+
+
+def images_of(parsed: Parsed) -> list[str]:
+    """The pictures that a row names, in its order."""
+    if isinstance(parsed, PictureChat):
+        return parsed.images
+    return [parsed.image] if isinstance(parsed, PicturePair | PictureQuestion) else []
 
 
 @dataclass

@@ -11,13 +11,25 @@ from typing import Any
 import pytest
 
 from core.data.formats import FORMATS
+from core.data.pictures.cache import PictureCache
 from core.data.render import Rendered, visualize
 from core.data.tokenizer import Tokenizer
 from core.data.tokens import TokenCache
 from core.prepare import prepare_rows, prepare_tokens
 from core.records import DatasetReport
-from core.run import PREPARE_FILE, REPORT_FILE, ROWS_FILE, TOKENS_FOLDER, TokenizeInput, ValidateInput, read_counts
+from core.run import (
+    PICTURES_FOLDER,
+    PREPARE_FILE,
+    REPORT_FILE,
+    ROWS_FILE,
+    TOKENS_FOLDER,
+    PicturesInput,
+    TokenizeInput,
+    ValidateInput,
+    read_counts,
+)
 from core.states import Reason
+from tests.core.data.pictures.draw import noise, saved, write_zip
 from tests.tiny import build_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def start(work: Path, request: ValidateInput | TokenizeInput) -> "subprocess.Popen[bytes]":
+def start(work: Path, request: ValidateInput | TokenizeInput | PicturesInput) -> "subprocess.Popen[bytes]":
     (work / PREPARE_FILE).write_text(request.model_dump_json())
     return subprocess.Popen(
         [sys.executable, "-m", "core.prepare", str(work)],
@@ -235,3 +247,56 @@ def test_the_child_loads_neither_torch_nor_transformers() -> None:
     program = "import sys, core.prepare; print({'torch', 'transformers'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def pictures(work: Path, tmp_path: Path, processor: dict[str, object] | None, **choices: Any) -> PicturesInput:
+    """What asks for the pictures of upload and rows under `tmp_path`, for a model with such a processor."""
+    folder = work / "model"
+    folder.mkdir(parents=True)
+    if processor is not None:
+        (folder / "processor_config.json").write_text(
+            json.dumps({"image_processor": processor, "processor_class": "CLIPProcessor"})
+        )
+    rows = tmp_path / ROWS_FILE
+    return PicturesInput(dataset_id="ds_1", upload=tmp_path / "upload", rows=rows, model_folder=folder, **choices)
+
+
+def test_an_archive_goes_from_upload_to_pictures_at_a_models_size(tmp_path: Path) -> None:
+    members = {f"{number}.png": saved(noise(number)) for number in range(4)}
+    named = [
+        {"image": "0.png", "captions": ["a"]},
+        {"image": "2.png", "captions": ["b", "c"]},
+        {"image": "gone.png", "captions": ["d"]},
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in named).encode()
+    report = validated(tmp_path, write_zip(tmp_path / "upload", {**members, "metadata.jsonl": lines}))
+    assert (report.kind, report.rows, report.usable_rows, report.pictures) == ("picture_pair", 3, 2, 2)
+    kept = [json.loads(line) for line in (tmp_path / ROWS_FILE).read_text().splitlines()]
+    assert kept == [{"row": 1, "image": "0.png", "captions": ["a"]}, {"row": 2, "image": "2.png", "captions": ["b", "c"]}]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([PREPARE_FILE, REPORT_FILE, ROWS_FILE, "upload"])
+
+    processor: dict[str, object] = {"size": {"shortest_edge": 8}, "crop_size": 8, "do_center_crop": True}
+    for loose, shape in ((False, (2, 8, 8, 3)), (True, (2, 15, 10, 3))):
+        work = tmp_path / str(loose)
+        request = pictures(work, tmp_path, processor, loose=loose)
+        assert finish(start(work, request)) == (0, "")
+        cache = PictureCache.open(work / PICTURES_FOLDER)
+        assert set(cache.index_of) == {"0.png", "2.png"}
+        assert cache.batch([0, 1]).shape == shape
+        assert cache.facts["dataset"] == "ds_1"
+
+
+def test_pictures_that_can_not_be_had_fail_the_job_with_their_names(tmp_path: Path) -> None:
+    write_zip(tmp_path / "upload", {"a.png": b"text"})
+    (tmp_path / ROWS_FILE).write_text('{"row": 1, "images": ["a.png", "b.png"], "messages": []}\n')
+    wanted = (
+        ({"size": 8}, Reason.BAD_DATA, ["ds_1: a.png: not a picture", "b.png: not in the archive"]),
+        ({"size": {"longest_edge": 8}}, Reason.BAD_SPEC, ["model: size: ['longest_edge'] is no way"]),
+        (None, Reason.BAD_SPEC, ["model: the model has no image processor"]),
+    )
+    for number, (processor, reason, words) in enumerate(wanted):
+        work = tmp_path / str(number)
+        code, said = finish(start(work, pictures(work, tmp_path, processor)))
+        assert code == reason.facts.exit_code
+        assert all(word in said.splitlines()[-1] for word in words), said
+        assert not (work / PICTURES_FOLDER).exists()

@@ -39,7 +39,8 @@ def test_objectives_that_train_the_same_tokens_share_them() -> None:
 def test_every_objective_has_its_kind_of_rows() -> None:
     union, _ = get_args(Objective)
     assert [one.model_fields["kind"].default for one in get_args(union)] == list(DATA_KINDS)
-    assert set(DATA_KINDS.values()) == set(get_args(DataKind))
+    of_pictures = {"picture_pair", "picture_question", "picture_chat"}  # read and reported before objectives train on them
+    assert set(DATA_KINDS.values()) | of_pictures == set(get_args(DataKind))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from core.spec import DpoObjective, Objective, SftObjective
 from core.states import DatasetStatus, JobStatus, Phase, Reason
 from store import files, outbox, preparation
 from store.tables import Dataset
+from tests.core.data.pictures.draw import noise, saved, write_zip
 from tests.worker.service import FAKE_PREPARER, Service, wait
 from worker.context import Context
 from worker.preparer import Preparer
@@ -38,6 +39,21 @@ def test_an_upload_becomes_ready_with_its_report_and_rows(service: Service, cont
     assert service.bells() == []
     preparer(context).validate(dataset_id)
     assert service.read_dataset(dataset_id).tries == 1
+
+
+def test_an_archive_of_pictures_is_read_by_the_real_child(service: Service, context: Context, tmp_path: Path) -> None:
+    rows = b'{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "text": "two"}\n'
+    members = {"a.png": saved(noise(0)), "b.png": b"no picture", "metadata.jsonl": rows}
+    dataset_id = service.upload()
+    service.storage.put_file(write_zip(tmp_path / "a.zip", members), files.upload_key(dataset_id), move=True)
+    Preparer(context).validate(dataset_id)
+    dataset = service.read_dataset(dataset_id)
+    report = DatasetReport.model_validate(dataset.report)
+    assert (dataset.status, report.format, report.kind) == (DatasetStatus.READY, "imagefolder", "picture_pair")
+    assert (report.rows, report.usable_rows, report.pictures) == (2, 1, 1)
+    assert [(problem.row, problem.field, problem.code) for problem in report.errors] == [(2, "file_name", "bad-image")]
+    kept = context.storage.fetch_file(files.rows_key(dataset_id), tmp_path / "rows").read_text()
+    assert kept == '{"row": 1, "image": "a.png", "captions": ["one"]}\n'
 
 
 def test_an_upload_without_a_usable_row_fails_and_keeps_no_rows(service: Service, context: Context) -> None:
