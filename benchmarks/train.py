@@ -36,7 +36,8 @@ from core.spec import JobSpec
 from tests.core.train.runs import run_input, write_cache
 
 REPEATED = 12
-WARM_UP = 5
+WARM_UP = 20
+"""By then most sizes of a step have come by, each of which is recorded once (core.train.fused.graphs)."""
 TIMED = 30
 _PLAIN_ROWS = 9
 _QUANTIZATION = {"qlora": "nf4", "fp8lora": "fp8"}

@@ -29,7 +29,8 @@ _WHOLE = 16
 
 def rows_in_8_bits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [N, I] -> (e4m3 [N, I], fp32 scales [N, 1]): their product is x again, rounded."""
-    scales = x.abs().amax(-1, keepdim=True).float().clamp(min=_LEAST) / _LARGEST
+    # A product, which every device rounds alike; a GPU makes another of a division by a number.
+    scales = x.abs().amax(-1, keepdim=True).float().clamp(min=_LEAST) * (1 / _LARGEST)
     return (x / scales).to(_E4M3).contiguous(), scales
 
 

@@ -28,7 +28,7 @@ from core.tuning import adapter_parameters, mora_size
 GIB = 1 << 30
 ATTENDED_AGAIN = 1024
 """Up to rows this long a fused layer makes attention's result again (core.train.fused.layer)."""
-_CHUNK = 4096
+_CHUNK = 3072
 """Tokens at once in the MLP of a fused layer that is made again (core.train.fused.halves)."""
 LOGITS_AT_ONCE = 1 << 26
 """The head is applied in chunks of so many logits (core.eval.nats)."""

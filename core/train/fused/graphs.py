@@ -7,6 +7,7 @@ rows are rounded up to few sizes: behind the batch's rows stands one more, of pa
 outside: how many tokens carry loss differs from batch to batch.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,9 +17,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from core.train.fused.layer import FusedLayer
 
-_SHARE = 64
-"""Tokens are rounded up to a 64th of the power of two above: 1% of padding, and some fifteen sizes for steps of like rows."""
-_LEAST_TOKENS = 64
+_FINENESS = 5
+"""Tokens are rounded up to the 32nd part (2^-5) of the power of two next to them: 1.6% of padding, and for steps of like rows
+some ten sizes, each of which costs a slow step once."""
+_LEAST_TOKENS = 128
 _ROWS = 32
 _LEAST_LONGEST = 256
 _MOST_GRAPHS = 64
@@ -38,7 +40,7 @@ class Size(NamedTuple):
     @classmethod
     def of(cls, tokens: int, rows: int, longest: int) -> "Size":
         """The least that holds so many tokens in so many rows, and a row of padding."""
-        step = max(_LEAST_TOKENS, (1 << tokens.bit_length()) // _SHARE)
+        step = max(_LEAST_TOKENS, 1 << max(0, round(math.log2(tokens)) - _FINENESS))
         longest = max(longest, step, _LEAST_LONGEST)
         return cls(_up(tokens, step), _up(rows + 1, _ROWS), 1 << (longest - 1).bit_length())
 
@@ -191,9 +193,16 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            work()
+        graph, own = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self._stream.wait_stream(own)
+        # Not torch.cuda.graph: it collects the host's garbage each time, which takes longer than what is recorded.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool)
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        own.wait_stream(self._stream)
         replay: Work = graph.replay
         return replay
 

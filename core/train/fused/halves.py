@@ -22,7 +22,7 @@ from core.train.fused.projection import Kept, Parameters, Projection
 
 Tensors = tuple[torch.Tensor | None, ...]
 _OWN = len(Parameters._fields)
-_CHUNK = 4096
+_CHUNK = 3072
 """Tokens that go through an MLP at once where its layer is made again: more would only take more room."""
 
 
