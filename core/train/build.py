@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,6 +109,10 @@ class Training:
         return self.kind.function(model, batch, self.objective)
 
     def trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return self._trainable
+
+    @cached_property  # walking a model's modules takes longer than what a fused step of a few rows leaves to the host
+    def _trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def drop_optimizer(self) -> None:
