@@ -16,6 +16,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+SHORT = 512
+"""Tokens of the longest row up to which rows have kernels of their own."""
 DOCUMENTS = "strop_documents"
 """Name of the attention implementation, as `model.set_attn_implementation` takes it."""
 
@@ -72,6 +74,10 @@ def _row_by_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bou
 
 
 def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int, scale: float) -> torch.Tensor:
+    if longest <= SHORT:
+        from core.models.short_rows import attend_short_rows  # Triton comes with torch for a GPU, and with no other
+
+        return attend_short_rows(q, k, v, bounds, longest, scale)
     has_groups = q.shape[1] != k.shape[1]
     if "scale" in _VARLEN and (not has_groups or "enable_gqa" in _VARLEN):
         options: dict[str, Any] = {"scale": scale}
