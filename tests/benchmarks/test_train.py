@@ -46,6 +46,7 @@ NAME = "tiny/lora/all/short"
 
 def run(monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> list[dict[str, object]]:
     monkeypatch.setattr(sys, "argv", ["train", "--cases", NAME, "--out", str(out), *arguments])
+    monkeypatch.setattr(train, "WARM_UP", 5)
     monkeypatch.setattr(train, "TIMED", 4)
     monkeypatch.setattr(train, "REPEATED", 6)
     main()
