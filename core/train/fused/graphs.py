@@ -66,9 +66,8 @@ class GraphedDecoder:
         """`layer` is one of the decoder's; `recorder` makes what records, anew whenever all graphs are let go."""
         self._decoder, self._layer, self._device = decoder, layer, device
         self._recorder, self._record = recorder, recorder(device)
-        self._others = {
-            p: torch.zeros_like(p) for p in decoder.parameters() if p.requires_grad and p not in layer.adapters.gradients
-        }
+        others = [p for p in decoder.parameters() if p.requires_grad and p not in layer.adapters.gradients]
+        self._others = {parameter: torch.zeros_like(parameter) for parameter in others}
         self._graphs: dict[Size, _Graph] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         self._anchor = torch.zeros((), device=device, requires_grad=True)  # what autograd sees in the parameters' place
@@ -174,10 +173,12 @@ class GraphedDecoder:
 
     def _lay_gradients(self) -> None:
         self._layer.adapters.lay_gradients()
+        if fresh := [own for parameter, own in self._others.items() if parameter.grad is None]:
+            torch._foreach_zero_(fresh)
         for parameter, own in self._others.items():
-            if parameter.grad is not own:
-                own.zero_() if parameter.grad is None else own.copy_(parameter.grad)
-                parameter.grad = own
+            if parameter.grad is not None and parameter.grad is not own:
+                own.copy_(parameter.grad)
+            parameter.grad = own
 
     def _dtype(self) -> torch.dtype:
         kind = self._device.type
