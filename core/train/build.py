@@ -344,9 +344,9 @@ def _measured_as_graphs(training: Training, measured: Callable[[], Probe]) -> tu
 def _fused_ops(device: torch.device) -> Elementwise:
     if device.type != "cuda":
         return PLAIN
-    from core.train.fused.kernels import for_gpu  # Triton comes with torch for a GPU, and with no other
+    from core.train.fused.gpu import ON_GPU  # Triton comes with torch for a GPU, and with no other
 
-    return for_gpu()
+    return ON_GPU
 
 
 def _compile_layers(training: Training) -> None:

@@ -1,21 +1,21 @@
 """8-bit products of a GPU, and its compiled rounding, against the same numbers multiplied in fp32 on a CPU."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft.helpers import disable_input_dtype_casting
 
+pytest.importorskip("triton", reason="kernels are Triton's, which comes with torch for a GPU")
+
 from core.eval.rows import collate_packed
 from core.models.adapt import attach_adapter
 from core.models.documents import DOCUMENTS
-from core.models.fp8 import Linear8bit, Rounding, rows_in_8_bits, rows_unrounded, scaled_in_8_bits, to_8bit, turned_over
+from core.models.fp8 import Linear8bit, Rounding, rows_in_8_bits, rows_unrounded, scaled_in_8_bits, to_8bit
 from core.models.load import load_base
 from core.spec import LoraTuning, SftObjective
+from core.train.fused.gpu import ON_GPU
 from core.train.fused.install import forget_graphs, install_fused, install_graphs
-from core.train.fused.kernels import for_gpu
 from core.train.losses import token_loss
 from tests.core.train.fused import FAMILIES, Found, apart, examples
 from tests.tiny import build_tiny_model
@@ -65,31 +65,6 @@ def test_products_are_those_of_the_rounded_factors(cuda: torch.device, inputs: i
     assert max(found.values()) < 1e-2, found
 
 
-@pytest.mark.parametrize("width", [64, 576, 4096, 11008, 22016])
-def test_compiled_functions_round_as_plain_ones(cuda: torch.device, width: int) -> None:
-    """But for numbers that lie between two of e4m3's, which a division in another order tips over."""
-    ops = for_gpu()
-    factors = torch.logspace(-3, 1, width, device=cuda)
-    for tokens in TOKENS:
-        x = torch.randn(tokens, width, device=cuda).bfloat16() * torch.logspace(-10, 10, tokens, device=cuda)[:, None].bfloat16()
-        x[tokens // 2, 0] = 0
-        functions: list[tuple[Callable[..., Any], Callable[..., Any], tuple[torch.Tensor, ...]]] = [
-            (rows_in_8_bits, ops.rows_in_8_bits, (x,)),
-            (scaled_in_8_bits, ops.scaled_in_8_bits, (x, factors)),
-        ]
-        for plain, fast, arguments in functions:
-            (codes, scales), (fast_codes, fast_scales) = plain(*arguments), fast(*arguments)
-            assert (fast_codes.dtype, fast_codes.is_contiguous()) == (codes.dtype, True)
-            torch.testing.assert_close(fast_scales, scales, rtol=1e-6, atol=0)
-            other = fast_codes.view(torch.uint8) != codes.view(torch.uint8)
-            assert float(other.float().mean()) < 1e-3, (plain.__name__, tokens)
-            torch.testing.assert_close(fast_codes.float(), codes.float(), rtol=0.13, atol=2.0**-8)
-    codes = torch.randint(0, 255, (4096, width), device=cuda, dtype=torch.uint8)
-    over = ops.turned_over(codes)
-    assert over.is_contiguous()
-    assert torch.equal(over, turned_over(codes))
-
-
 def test_no_row_depends_on_its_neighbours(cuda: torch.device) -> None:
     layer = layer_of(576, 192, cuda)
     x = torch.randn(130, 576, device=cuda, dtype=torch.bfloat16)
@@ -116,7 +91,7 @@ def test_loading_takes_one_weight_more_than_the_result(cuda: torch.device) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiled_fused_layers_over_8_bit_weights(cuda: torch.device, tmp_path: Path, family: str) -> None:
+def test_fused_layers_over_8_bit_weights(cuda: torch.device, tmp_path: Path, family: str) -> None:
     """Unrounded as near to the packed tier as with any weights; rounded no further from that than rounding goes."""
     folder = build_tiny_model(tmp_path / "model", family=family, initializer_range=0.1)
     base = load_base(folder, name="t", weights="0" * 64, quantization="fp8", precision="bf16", device=cuda).model
@@ -142,7 +117,7 @@ def test_compiled_fused_layers_over_8_bit_weights(cuda: torch.device, tmp_path: 
     packed = measured()
     with rows_unrounded(model):
         exact = measured()
-    install_fused(model, for_gpu())
+    install_fused(model, ON_GPU)
     fused = measured()
     install_graphs(model)
     with rows_unrounded(model):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from peft.helpers import disable_input_dtype_casting
 
+pytest.importorskip("triton", reason="kernels are Triton's, which comes with torch for a GPU")
+
 from core.adapter import Quantization
 from core.eval.rows import collate_packed
 from core.models.adapt import attach_adapter
@@ -13,9 +15,8 @@ from core.models.documents import DOCUMENTS
 from core.models.load import load_base
 from core.models.nf4 import join_4bit
 from core.spec import LoraTuning, SftObjective
-from core.train.fused import elementwise
+from core.train.fused.gpu import ON_GPU
 from core.train.fused.install import install_fused, install_graphs, uninstall_fused
-from core.train.fused.kernels import for_gpu
 from core.train.fused.offload import HostStreams
 from core.train.losses import token_loss
 from tests.core.models.test_nf4 import KINDS, TOY, WHOLE, layers_of, own
@@ -68,36 +69,6 @@ def test_streams_in_the_host_leave_the_gpu(cuda: torch.device) -> None:
     assert torch.cuda.max_memory_allocated() - before <= 4 * 2 * size
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [32, 1000, 5632])
-def test_a_gate_goes_back_in_place(cuda: torch.device, width: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    gradient, both = (torch.randn(77, size, device=cuda, dtype=dtype) for size in (width, 2 * width))
-    wanted = gradient.double(), both.double()
-    elementwise.gate_back_in_place(*wanted)
-    for_gpu().gate_back_in_place(gradient, both)
-    rounding = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
-    torch.testing.assert_close((gradient.double(), both.double()), wanted, **rounding)
-
-
-@pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize(("size", "turned"), [(16, 16), (96, 96), (128, 64), (80, 20)])
-def test_heads_turn_and_turn_back(cuda: torch.device, size: int, turned: int, paired: bool) -> None:
-    torch.manual_seed(0)
-    angles = torch.randn(77, turned // 2, device=cuda)
-    cos, sin = (torch.cat((part, part), -1)[:, : turned // 2] for part in (angles.cos(), angles.sin()))
-    product = torch.randn(77, (6 + 2 + 2) * size, device=cuda, dtype=torch.bfloat16)
-    heads = product.unflatten(1, (-1, size))[:, :8]
-    wanted, values = heads.clone(), product[:, 8 * size :].clone()
-    elementwise.turn_in_place(wanted, cos, sin, paired)
-    for_gpu().turn_in_place(heads, cos, sin, paired)
-    torch.testing.assert_close(heads, wanted, rtol=1e-2, atol=1e-2)
-    assert torch.equal(product[:, 8 * size :], values), "values stand behind the heads that turn"
-    parts = [torch.randn(count, 77, size, device=cuda, dtype=torch.bfloat16).transpose(0, 1) for count in (6, 2, 2)]
-    back = elementwise.turned_back(*parts, cos, sin, paired)
-    torch.testing.assert_close(for_gpu().turned_back(*parts, cos, sin, paired), back, rtol=1e-2, atol=1e-2)
-
-
 def test_graphs_of_many_sizes_share_one_memory(cuda: torch.device, tmp_path: Path) -> None:
     """Larger and smaller batches in turn, several a step: each is what it is kernel by kernel, and memory grows by one batch."""
     folder = build_tiny_model(tmp_path / "model", family="llama", initializer_range=0.1)
@@ -105,7 +76,7 @@ def test_graphs_of_many_sizes_share_one_memory(cuda: torch.device, tmp_path: Pat
     model = attach_adapter(base, LoraTuning(rank=4), "t")
     model.get_base_model().set_attn_implementation(DOCUMENTS)
     model.train()
-    install_fused(model, for_gpu())
+    install_fused(model, ON_GPU)
     batches = [
         collate_packed(examples(seed, count), cuda) for seed, count in ((1, 6), (2, 60), (3, 20), (4, 90), (5, 3), (6, 90))
     ]
@@ -126,7 +97,7 @@ def test_graphs_of_many_sizes_share_one_memory(cuda: torch.device, tmp_path: Pat
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiled_fused_layers_learn_what_the_packed_tier_learns(
+def test_fused_layers_learn_what_the_packed_tier_learns(
     cuda: torch.device, tmp_path: Path, family: str, quantization: Quantization
 ) -> None:
     folder = build_tiny_model(tmp_path / "model", family=family, initializer_range=0.1)
@@ -154,7 +125,7 @@ def test_compiled_fused_layers_learn_what_the_packed_tier_learns(
 
     model = model_in("bf16")
     packed = measured(model)
-    install_fused(model, for_gpu())
+    install_fused(model, ON_GPU)
     fused = measured(model)
     install_graphs(model)
     for _ in range(3):
@@ -164,7 +135,7 @@ def test_compiled_fused_layers_learn_what_the_packed_tier_learns(
     uninstall_fused(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for offload in (False, True):
-        install_fused(model, for_gpu(), offload=offload)
+        install_fused(model, ON_GPU, offload=offload)
         recomputed = measured(model)
         uninstall_fused(model)
         assert apart(fused.gradients, recomputed.gradients) < 1e-2  # attention's backward pass adds in any order

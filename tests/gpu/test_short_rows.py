@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+pytest.importorskip("triton", reason="kernels are Triton's, which comes with torch for a GPU")
+
 from core.models.short_rows import attend_short_rows
 
 pytestmark = pytest.mark.gpu

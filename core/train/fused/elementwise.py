@@ -1,13 +1,13 @@
 """What a decoder layer computes between its matrix products: norms, gates and rotary turns, and their gradients.
 
 Plain functions of tensors without a gradient of their own: the autograd functions of `projection.py` call them forward and
-backward, so that they alone decide what is kept. Each is one pass over its tensors, which is what a compiler or a kernel
-makes of it; in plain torch it is several. Sums and products are in fp32 and rounded once, but for the norm, which rounds
+backward, so that they alone decide what is kept. Each is one pass over its tensors, which is what a kernel makes of it (`gpu`);
+in plain torch it is several. Sums and products are in fp32 and rounded once, but for the norm, which rounds
 where transformers' own does. N is tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def nats_in_place(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Elementwise:
-    """The functions that a layer uses; a field each, so that compiled ones can take their place."""
+    """The functions that a layer uses; a field each, so that kernels can take their place."""
 
     normed: Callable[..., Any] = normed
     normed_again: Callable[..., Any] = normed_again
@@ -123,30 +123,3 @@ class Elementwise:
 
 
 PLAIN = Elementwise()
-
-
-def compiled(**options: Any) -> Elementwise:
-    """Each as one kernel of torch.compile, which takes `options`.
-
-    Small graphs without a gradient: the same for every layer, nothing for a compiler to keep between forward and backward,
-    no matrix and so no weight in sight (trap: a dequantised weight that is shared by both passes), but for codes that are turned
-    over, which no graph holds.
-    """
-    made = {field.name: torch.compile(getattr(PLAIN, field.name), **options) for field in fields(Elementwise)}
-    for name in ("rows_in_8_bits", "scaled_in_8_bits"):
-        made[name] = _of_its_width(made[name], any_rows=True)
-    made["turned_over"] = _of_its_width(made["turned_over"], any_rows=False)
-    return Elementwise(**made)
-
-
-def _of_its_width(function: Callable[..., Any], *, any_rows: bool) -> Callable[..., Any]:
-    """Of a compiled function of matrices of several widths, one kernel for each: one for any width could not tell where sixteen
-    bytes begin that may be read at once, and reads numbers one by one."""
-
-    def marked(x: torch.Tensor, *others: torch.Tensor) -> Any:
-        x = x.detach()  # the marks are for this call
-        torch._dynamo.mark_static(x, 1)
-        (torch._dynamo.maybe_mark_dynamic if any_rows else torch._dynamo.mark_static)(x, 0)
-        return function(x, *others)
-
-    return marked

@@ -22,7 +22,7 @@ def install_fused(model: Any, ops: Elementwise = PLAIN, *, offload: bool = False
 
     What is not a batch of packed rows still goes through a layer's own forward. Weights of layers that read one input become
     views of one matrix, group by group, so memory grows by one group while it happens and not at all in the end. `ops` are the
-    element-wise functions, compiled or not. Layers that were to be checkpointed make themselves again from then on; with
+    element-wise functions, plain or kernels. Layers that were to be checkpointed make themselves again from then on; with
     `offload` the host keeps what they are made from. Returns what was done. Raises ValueError, with the reason, for a model
     that has no fused layers or has them already. Attention is not asked about: packed rows are the condition of all this
     (core.catalog.can_pack).
@@ -45,7 +45,7 @@ def install_fused(model: Any, ops: Elementwise = PLAIN, *, offload: bool = False
     head = causal_lm.get_output_embeddings()
     if type(head) is torch.nn.Linear and not any(parameter.requires_grad for parameter in head.parameters()):
         head.nats = FusedHead(head, ops).nats
-    how = "plain" if ops is PLAIN else "compiled"
+    how = "plain" if ops is PLAIN else "kernels"
     return f"fused layers ({len(layers)} of {causal_lm.config.model_type}, element-wise functions {how})"
 
 

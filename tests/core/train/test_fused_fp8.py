@@ -6,17 +6,15 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 from core.errors import BadSpec
-from core.eval.rows import collate_packed
 from core.events import Started
-from core.models.fp8 import PLAIN_8BIT, Linear8bit, Rounding, rows_in_8_bits, rows_unrounded, scaled_in_8_bits, turned_over
+from core.models.fp8 import PLAIN_8BIT, Linear8bit, Rounding, rows_unrounded, scaled_in_8_bits
 from core.models.joined import EightBit
 from core.models.load import dequantized_weight
 from core.models.targets import find_targets
 from core.train.fused import halves
-from core.train.fused.elementwise import Elementwise, compiled
+from core.train.fused.elementwise import Elementwise
 from core.train.fused.graphs import Recorder, Work
 from core.train.fused.install import forget_graphs, install_fused, install_graphs, uninstall_fused
 from tests.core.train.fused import (
@@ -27,7 +25,6 @@ from tests.core.train.fused import (
     apart,
     assert_same,
     base_of,
-    examples,
     folders_in,
     measured,
     memory,
@@ -143,25 +140,6 @@ def test_recomputed_layers_round_as_they_did(folders: Folders, monkeypatch: pyte
     assert apart(expected.gradients, found.gradients) < 1e-2  # sums of other sizes tip a few numbers over
     torch.testing.assert_close(found.sums, expected.sums, rtol=1e-4, atol=0)
     assert len(turned) == 2 * 4, "once for each matrix of two layers"
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own doing
-def test_a_compiler_makes_few_functions_of_rounding_and_rounds_the_same(folders: Folders) -> None:
-    torch._dynamo.reset()
-    model = adapted(base_of(folders("llama", intermediate_size=176, num_key_value_heads=4), quantization="fp8"))
-    install_fused(model)
-    batches = [collate_packed(examples(seed, longest=longest), CPU) for seed, longest in ((1, 20), (2, 31), (3, 40), (4, 17))]
-    expected = [measured(model, batch=batch) for batch in batches]
-    uninstall_fused(model)
-    install_fused(model, compiled(backend="aot_eager", fullgraph=True))
-    for batch, wanted in zip(batches, expected, strict=True):
-        assert apart(wanted.gradients, measured(model, batch=batch).gradients) < 1e-2
-    made = {
-        function: len(_debug_get_cache_entry_list(function.__code__))
-        for function in (rows_in_8_bits, scaled_in_8_bits, turned_over)
-    }
-    assert list(made.values()) == [2, 3, 4], "one for each width, whatever the number of tokens; one for each matrix"
-    torch._dynamo.reset()
 
 
 def test_a_run_learns_on_every_tier_and_resumes(tiny: Path, cache: Path, tmp_path: Path) -> None:

@@ -6,24 +6,18 @@ from transformers.models.glm import modeling_glm
 from transformers.models.llama import modeling_llama
 
 from core.adapter import Quantization
-from core.eval.rows import collate_packed
 from core.models import documents
 from core.spec import LoraTuning
 from core.train.fused import elementwise
-from core.train.fused.elementwise import PLAIN, compiled
-from core.train.fused.install import install_fused, uninstall_fused
+from core.train.fused.install import install_fused
 from tests.core.train.fused import (
-    CPU,
     FAMILIES,
     Flash,
     Folders,
     adapted,
-    assert_same,
     base_of,
-    examples,
     folders_in,
     kept,
-    measured,
 )
 
 
@@ -65,24 +59,6 @@ def test_a_layer_keeps_what_can_t_be_made_again(
     assert constant < weights, "no dequantised weight: that would be twice as many bytes"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own doing
-def test_an_epoch_of_long_and_short_batches_needs_two_compilations_a_function(folders: Folders) -> None:
-    """Element-wise functions are compiled on their own, once for one length and once for any."""
-    torch._dynamo.reset()
-    model = adapted(base_of(folders("qwen3", layers=1)))
-    install_fused(model)
-    batches = [collate_packed(examples(seed, longest=longest), CPU) for seed, longest in ((1, 20), (2, 31), (3, 40), (4, 17))]
-    expected = [measured(model, batch=batch) for batch in batches]
-    uninstall_fused(model)
-    assert "compiled" in install_fused(model, compiled(backend="aot_eager", fullgraph=True))
-    graphs = []
-    for batch, wanted in zip(batches, expected, strict=True):
-        assert_same(measured(model, batch=batch), wanted)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] < graphs[1] == graphs[3]
-    torch._dynamo.reset()
-
-
 def test_attention_s_result_is_kept_where_rows_are_long(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "_row_by_row", lambda q, k, v, *_: Flash.apply(q.to(v.dtype), k.to(v.dtype), v))
     model = adapted(base_of(folders("llama", layers=1), "bf16"), LoraTuning(rank=1))
@@ -90,18 +66,6 @@ def test_attention_s_result_is_kept_where_rows_are_long(folders: Folders, monkey
     again = kept(model, 300)
     monkeypatch.setattr("core.train.fused.layer.ATTENDED_AGAIN", 200)
     assert kept(model, 300) - again == 300 * 4 * (2 * 16 + 4)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own doing
-def test_trap_10_compiled_functions_keep_no_dequantised_weight_and_nothing_else(folders: Folders) -> None:
-    torch._dynamo.reset()
-    found = {}
-    for name, ops in (("plain", PLAIN), ("compiled", compiled(backend="aot_eager_decomp_partition", fullgraph=True))):
-        model = adapted(base_of(folders("llama", layers=1), "bf16", "nf4-double"), LoraTuning(rank=1))
-        install_fused(model, ops)
-        found[name] = kept(model, 40)
-    torch._dynamo.reset()
-    assert found["compiled"] == found["plain"]
 
 
 def test_element_wise_gradients_are_those_of_the_functions() -> None:
