@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 64
+_PROGRAMS = 264
+"""Two for each multiprocessor of an H100: with fewer the heads that share a key go to programs of their own."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -91,10 +92,10 @@ def _backward_queries(
 def _backward_keys(
     query, key, value, gradient, of_key, of_value, log_sums, products, bounds,
     q_row, q_head, k_row, k_head, v_row, v_head, g_row, g_head, count, scale,
-    heads: tl.constexpr, group: tl.constexpr, size: tl.constexpr, columns: tl.constexpr, block: tl.constexpr,
+    heads: tl.constexpr, group: tl.constexpr, size: tl.constexpr, columns: tl.constexpr, block: tl.constexpr, parts: tl.constexpr,
 ):  # fmt: skip
-    """A block of a row's keys and values, of all the heads that share them."""
-    kv_head, row = tl.program_id(0), tl.program_id(1)
+    """A block of a row's keys and values, of all the heads that share them or, in `parts`, of some each."""
+    kv_head, part, row = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
     begin, end = tl.load(bounds + row), tl.load(bounds + row + 1)
     first = begin + tl.program_id(2) * block
     if first < end:
@@ -106,8 +107,8 @@ def _backward_keys(
         v = tl.load(value + mine * v_row + kv_head * v_head + column[None, :], mask=is_key, other=0.0)
         found_key = tl.zeros([block, columns], tl.float32)
         found_value = tl.zeros([block, columns], tl.float32)
-        for number in range(group):
-            head = kv_head * group + number
+        for number in range(group // parts):
+            head = kv_head * group + part * (group // parts) + number
             for start in range(first, end, block):
                 other = start + tl.arange(0, block)
                 is_query = (other < end)[:, None] & is_column
@@ -122,7 +123,7 @@ def _backward_keys(
                 found_value += tl.dot(tl.trans(weights.to(of_result.dtype)), of_result)
                 of_scores = weights * (tl.dot(of_result, tl.trans(v)) - product[:, None])
                 found_key += tl.dot(tl.trans(of_scores.to(q.dtype)), q)
-        place = mine * (heads // group * size) + kv_head * size + column[None, :]
+        place = (part * count + mine) * (heads // group * size) + kv_head * size + column[None, :]
         tl.store(of_key + place, (found_key * scale).to(of_key.dtype.element_ty), mask=is_key)
         tl.store(of_value + place, found_value.to(of_value.dtype.element_ty), mask=is_key)
 
@@ -132,14 +133,12 @@ class _Rows(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int, scale: float
     ) -> torch.Tensor:
-        (count, heads, size), kv_heads = q.shape, k.shape[1]
+        count, heads, size = q.shape
         result = q.new_empty(count, heads, size)
         log_sums = q.new_empty(heads, count, dtype=torch.float32)
-        blocks = triton.cdiv(longest, _BLOCK)
-        _forward[(heads, len(bounds) - 1, blocks)](
-            q, k, v, result, log_sums, bounds, *_strides(q, k, v), count, scale,
-            heads=heads, group=heads // kv_heads, size=size, columns=triton.next_power_of_2(size), block=_BLOCK,
-        )  # fmt: skip
+        options = _options(q, k)
+        blocks = triton.cdiv(longest, options["block"])
+        _forward[(heads, len(bounds) - 1, blocks)](q, k, v, result, log_sums, bounds, *_strides(q, k, v), count, scale, **options)
         ctx.save_for_backward(q, k, v, result, log_sums, bounds)
         ctx.blocks, ctx.scale = blocks, scale
         return result
@@ -147,21 +146,31 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, result, log_sums, bounds = ctx.saved_tensors
-        (count, heads, size), kv_heads = q.shape, k.shape[1]
+        count, heads, _ = q.shape
         if gradient.stride(2) != 1:
             gradient = gradient.contiguous()
-        of_q, of_k, of_v = (part.new_empty(part.shape) for part in (q, k, v))
-        products = torch.empty_like(log_sums)
-        options = {"heads": heads, "group": heads // kv_heads, "size": size, "block": _BLOCK}
-        options["columns"] = triton.next_power_of_2(size)
+        options, rows = _options(q, k), len(bounds) - 1
+        group, kv_heads = options["group"], k.shape[1]
+        parts = group if triton.cdiv(count, options["block"]) * kv_heads < _PROGRAMS else 1
+        of_q, products = q.new_empty(q.shape), torch.empty_like(log_sums)
+        of_k, of_v = (k.new_empty(parts, *k.shape, dtype=k.dtype if parts == 1 else torch.float32) for _ in range(2))
         strides = _strides(q, k, v, gradient)
-        _backward_queries[(heads, len(bounds) - 1, ctx.blocks)](
+        _backward_queries[(heads, rows, ctx.blocks)](
             q, k, v, result, gradient, of_q, log_sums, products, bounds, *strides, count, ctx.scale, **options
         )
-        _backward_keys[(kv_heads, len(bounds) - 1, ctx.blocks)](
-            q, k, v, gradient, of_k, of_v, log_sums, products, bounds, *strides, count, ctx.scale, **options
+        _backward_keys[(kv_heads * parts, rows, ctx.blocks)](
+            q, k, v, gradient, of_k, of_v, log_sums, products, bounds, *strides, count, ctx.scale, parts=parts, **options
         )
+        of_k, of_v = (part[0] if parts == 1 else part.sum(0).to(k.dtype) for part in (of_k, of_v))
         return of_q, of_k, of_v, None, None, None
+
+
+def _options(q: torch.Tensor, k: torch.Tensor) -> dict[str, int]:
+    """Wide heads fill a multiprocessor's own memory: blocks that wait there for their turn would leave it to one program."""
+    heads, size = q.shape[1:]
+    columns = triton.next_power_of_2(size)
+    options = {"heads": heads, "group": heads // k.shape[1], "size": size, "columns": columns}
+    return options | {"block": 32 if columns > 128 else 64, "num_stages": 3 if columns <= 64 else 1}
 
 
 def attend_short_rows(

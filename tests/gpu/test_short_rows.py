@@ -15,13 +15,15 @@ pytestmark = pytest.mark.gpu
 LENGTHS = [130, 1, 64, 0, 65, 512, 33, 7]
 
 
+@pytest.mark.parametrize("times", [1, 8], ids=["few", "many"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(32, 4, 64), (8, 8, 128), (12, 2, 96), (4, 1, 256), (6, 3, 16)])
 def test_result_and_gradients_are_those_of_the_definition(
-    cuda: torch.device, heads: int, kv_heads: int, size: int, dtype: torch.dtype
+    cuda: torch.device, heads: int, kv_heads: int, size: int, dtype: torch.dtype, times: int
 ) -> None:
+    """Of few rows the heads that share a key go to programs of their own."""
     torch.manual_seed(0)
-    bounds = torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32, device=cuda)
+    bounds = torch.tensor([0, *itertools.accumulate(LENGTHS * times)], dtype=torch.int32, device=cuda)
     count = int(bounds[-1])
     joined = torch.randn(count, (heads + 2 * kv_heads) * size, device=cuda, dtype=dtype)
     parts = [p.detach().requires_grad_() for p in joined.unflatten(1, (-1, size)).split([heads, kv_heads, kv_heads], 1)]
