@@ -4,49 +4,32 @@ How it was counted, for a layer of hidden size H, queries Q, keys K, gate I, in 
 transformers' norm keeps an fp32 copy of its input, liger's its input; attention keeps queries, keys, values, its result and an
 fp32 number for each head; the gate keeps gate, up and, unless it is liger's, the activation; LoRA keeps what each group of
 modules reads once, and its own r numbers. In full tuning the stream is fp32, a norm keeps its result too, and autocast hands
-every module a copy of its own. Fused layers keep what core/train/fused/layer.py lists.
+every module a copy of its own. Fused layers are counted in fused.py.
 tests/core/plan/test_kept.py and test_peak.py hold all this against what autograd saves, and a step takes, on a CPU.
 """
 
 from core.catalog import Tier
+from core.plan import fused
 from core.plan.coefficients import STANDING, Coefficients
 from core.plan.shape import READERS, targets_of
 from core.plan.work import Work
 from core.records import MemoryEstimate
-from core.spec import (
-    Fp4Quantization,
-    Fp8Quantization,
-    FullTuning,
-    Int8Quantization,
-    LoraTuning,
-    MoraTuning,
-    Nf4Quantization,
-    Quantization,
-)
+from core.spec import FullTuning, LoraTuning, MoraTuning
 from core.tuning import adapter_parameters, mora_size
 
 GIB = 1 << 30
-ATTENDED_AGAIN = 1024
-"""Up to rows this long a fused layer makes attention's result again (core.train.fused.layer)."""
-_CHUNK = 3072
-"""Tokens at once in the MLP of a fused layer that is made again (core.train.fused.halves)."""
 LOGITS_AT_ONCE = 1 << 26
 """The head is applied in chunks of so many logits (core.eval.nats)."""
-_FUSED_LOGITS = 1 << 25
-"""The same of a head that makes its gradient in the same pass (core.train.fused.head)."""
 _LOGIT_BYTES = 12
 """In the backward pass of the cross-entropy: its fp32 log-softmax, and two fp32 gradients."""
 
 _OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 2 + 2 * 4 / 256}
 """Two states per trained parameter: fp32, or one byte each and an fp32 scale per block of 256 (arXiv 2110.02861)."""
 
-_4BIT_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
-"""Four bits, and a scale per block of 64: fp32, or quantised itself in blocks of 256 (arXiv 2305.14314)."""
-
 
 def estimate_memory(work: Work, coefficients: Coefficients = STANDING) -> MemoryEstimate:
     """The parts at the moment when their sum is largest: in a step, or while a packed run is compared with the plain tier."""
-    step = _step(work, coefficients)
+    step = _fused_step(work, coefficients) if work.tier == "fused" else _step(work, coefficients)
     if not work.probed_tokens:
         return step
     probe = _probe(work, coefficients)
@@ -60,8 +43,8 @@ def kept_per_token(work: Work, tier: Tier) -> float:
     if "qkv_proj" in shape.linear:  # values are a view of all three as they were before their turn
         attention += size * (shape.queries + shape.keys)
     if tier == "fused":
-        again = size * shape.queries + 4 * shape.heads if work.longest <= ATTENDED_AGAIN else 0
-        return attention - again + _kept_by_fused(work)
+        again = size * shape.queries + 4 * shape.heads if fused.is_attended_again(work) else 0
+        return attention - again + fused.kept_by_layer(work)
     if shape.keeps_scores:  # capped, in the softmax's fp32, and what is multiplied with the values
         attention += shape.heads * work.longest * (2 * size + 4)
     elif tier == "plain" and size == 4:
@@ -72,18 +55,13 @@ def kept_per_token(work: Work, tier: Tier) -> float:
     return attention + _kept_by_norms(work, kernels) + _kept_by_gate(work, kernels) + _kept_by_readers(work)
 
 
-def stream_bytes(work: Work) -> int:
-    """Of a token in the residual stream: what a checkpointed layer keeps of it."""
-    return work.shape.hidden * (4 if work.is_full else work.compute_bytes)
-
-
 def weight_bytes(work: Work) -> float:
     """Resident weights, adapter included; without autocast's copies."""
     shape, size, tuning = work.shape, work.compute_bytes, work.spec.tuning
     if isinstance(tuning, FullTuning):
         return 4.0 * work.parameters  # weights that train are fp32
     linear = shape.layers * shape.layer_weights
-    packed = packed_bytes(work.spec.quantization)
+    packed = work.packed_bytes
     # Embeddings, norms and head are not quantised.
     weights = (size if packed is None else packed) * linear + size * (work.parameters - linear) + 4.0 * work.trainable
     if isinstance(tuning, LoraTuning) and tuning.init != "default":
@@ -91,43 +69,54 @@ def weight_bytes(work: Work) -> float:
     return weights
 
 
-def packed_bytes(quantization: Quantization) -> float | None:
-    """Bytes per quantised weight; None where nothing is."""
-    if isinstance(quantization, Nf4Quantization | Fp4Quantization):
-        return _4BIT_BYTES[quantization.double_quantization]
-    is_eight = isinstance(quantization, Int8Quantization | Fp8Quantization)
-    return 1.0 if is_eight else None  # a scale per output is next to nothing
-
-
 def _step(work: Work, coefficients: Coefficients) -> MemoryEstimate:
-    tier_factor = {"plain": coefficients.kept_plain, "packed": coefficients.kept_packed, "fused": coefficients.kept_fused}
-    layer = tier_factor[work.tier] * kept_per_token(work, work.tier)
+    factor = coefficients.kept_plain if work.tier == "plain" else coefficients.kept_packed
+    layer = factor * kept_per_token(work, work.tier)
     recomputed = work.recomputed_layers
-    kept = work.held_tokens * (layer * (work.shape.layers - recomputed) + _ends(work))
-    if recomputed and not work.spec.memory.checkpointing_offload:
-        kept += work.held_tokens * stream_bytes(work) * recomputed
+    kept = work.held_tokens * (layer * (work.shape.layers - recomputed) + _ends(work)) + _streams_kept(work)
     # One layer's way back, together with that layer made again where it is; the logits are gone by then.
     passing = coefficients.passing * work.held_tokens * _passing(work) + _scratch(work)
-    if recomputed and work.tier == "fused":
-        passing = coefficients.passing * _made_again(work)
-    elif recomputed:
+    if recomputed:
         passing += work.held_tokens * layer
     logits = min(work.held_trained * work.shape.vocabulary, LOGITS_AT_ONCE) * _LOGIT_BYTES
-    if work.tier == "fused" and _has_fused_head(work):  # in the compute dtype, and each trained token's gradient
-        logits = min(work.held_trained * work.shape.vocabulary, _FUSED_LOGITS) * work.compute_bytes
-        kept += work.held_trained * work.shape.hidden * work.compute_bytes
     gradients = 4.0 * work.trainable
     if work.most_micro_batches == 1:  # they grow as what is kept goes
         gradients = max(0.0, gradients - kept)
-    # Paged states of whole matrices leave when others need the room, and are not the allocator's.
-    is_paged = work.is_full and work.spec.optim.kind.startswith("paged_")
     return _estimate(
         weights=weight_bytes(work) + _copies(work, work.tier),
         gradients=gradients,
-        optimizer=0.0 if is_paged else _OPTIMIZER_BYTES[work.spec.optim.kind] * work.trainable,
+        optimizer=_states(work),
         activations=kept,
         logits=logits,
         workspace=max(0.0, passing - logits) + coefficients.fixed_gib * GIB,
+    )
+
+
+def _fused_step(work: Work, coefficients: Coefficients) -> MemoryEstimate:
+    shape, tokens = work.shape, work.held_tokens
+    recomputed = work.recomputed_layers
+    layer = coefficients.kept_fused * kept_per_token(work, "fused")
+    kept = tokens * (layer * (shape.layers - recomputed) + _tables(work)) + _streams_kept(work)
+    moments = [fused.made_again(work, _rounding(work))] if recomputed else []
+    moments += [fused.passing(work, _rounding(work), _scratch(work))] if recomputed < shape.layers else []
+    back = coefficients.passing * max(moments)
+    # What the head reads, and its gradient, of the tokens that carry loss.
+    read = 2.0 * work.held_trained * shape.hidden * work.compute_bytes
+    if _has_fused_head(work):
+        logits = min(work.held_trained * shape.vocabulary, fused.LOGITS_AT_ONCE) * float(work.compute_bytes)
+    else:
+        logits = min(work.held_trained * shape.vocabulary, LOGITS_AT_ONCE) * float(_LOGIT_BYTES)
+    if work.is_recorded:  # the head computes beside the graphs' memory, which is theirs alone
+        workspace = back + read
+    else:
+        workspace = max(0.0, back - logits, read + 2.0 * tokens * work.stream_bytes)
+    return _estimate(
+        weights=weight_bytes(work) + (_copies(work, "fused") if work.is_full else 0.0) + fused.standing(work),
+        gradients=4.0 * work.trainable,  # which lie there from the beginning
+        optimizer=_states(work),
+        activations=kept,
+        logits=logits,
+        workspace=workspace + coefficients.fixed_gib * GIB,
     )
 
 
@@ -135,7 +124,7 @@ def _probe(work: Work, coefficients: Coefficients) -> MemoryEstimate:
     """The plain tier on a few rows. What is compared waits in the host's memory; no optimizer state stands yet."""
     layer = coefficients.kept_plain * kept_per_token(work, "plain")
     recomputed = work.recomputed_layers
-    kept = work.probed_tokens * (layer * (work.shape.layers - recomputed) + stream_bytes(work) * recomputed + _ends(work))
+    kept = work.probed_tokens * (layer * (work.shape.layers - recomputed) + work.stream_bytes * recomputed + _ends(work))
     passing = coefficients.passing * work.probed_tokens * _passing(work) + max(_scratch(work), _scratch_of_probe(work))
     passing += work.probed_tokens * layer if recomputed else 0.0
     trained = work.held_trained / work.held_tokens
@@ -157,7 +146,7 @@ def _kept_by_norms(work: Work, kernels: bool) -> float:
     heads = 0
     if shape.head_norms:
         heads, count = shape.queries + shape.keys, count + shape.heads + shape.keys // shape.head_size
-    inputs = shape.norms * stream_bytes(work) + size * heads
+    inputs = shape.norms * work.stream_bytes + size * heads
     if kernels:
         return inputs + 4 * count
     results = inputs if work.is_full else 0  # for the gradient of its scale
@@ -195,22 +184,27 @@ def _kept_by_readers(work: Work) -> float:
     return kept + size * sum(inputs for name, (inputs, _) in adapted.items() if name not in known)
 
 
-def _kept_by_fused(work: Work) -> float:
-    shape, size, tuning = work.shape, work.compute_bytes, work.spec.tuning
-    width = 2 * shape.intermediate
-    numbers = 2.0  # fp32, one a norm
-    if shape.head_norms:
-        width, numbers = width + shape.queries + shape.keys, numbers + shape.heads + shape.keys // shape.head_size
-    if shape.norms == 4:
-        width, numbers = width + 2 * shape.hidden, numbers + 2
-    if isinstance(tuning, LoraTuning):
-        width += tuning.rank * len(work.adapted)
-    return size * width + 2 * stream_bytes(work) + 4 * numbers
+def _streams_kept(work: Work) -> float:
+    """What checkpointed layers keep on the device."""
+    if work.spec.memory.checkpointing_offload:
+        return 0.0
+    return float(work.held_tokens * work.stream_bytes * work.recomputed_layers)
 
 
 def _ends(work: Work) -> float:
-    """Bytes a token takes whatever the number of layers: the last stream and its gradient, ids, positions, rotary tables."""
-    return 3 * stream_bytes(work) + 2 * work.shape.head_size * (4 if work.is_full else work.compute_bytes) + 24
+    """Bytes a token takes whatever the number of layers: the last stream and its gradient, and `_tables`."""
+    return 3 * work.stream_bytes + _tables(work)
+
+
+def _tables(work: Work) -> float:
+    """Ids, positions, rotary tables."""
+    return 2 * work.shape.head_size * (4 if work.is_full else work.compute_bytes) + 24
+
+
+def _states(work: Work) -> float:
+    # Paged states of whole matrices leave when others need the room, and are not the allocator's.
+    is_paged = work.is_full and work.spec.optim.kind.startswith("paged_")
+    return 0.0 if is_paged else _OPTIMIZER_BYTES[work.spec.optim.kind] * work.trainable
 
 
 def _passing(work: Work) -> float:
@@ -221,7 +215,7 @@ def _passing(work: Work) -> float:
 def _rounding(work: Work) -> float:
     """Bytes for each number of the widest thing that fp8 rounds: its codes, gate's and up's at once with fused layers, and two
     fp32 copies as well where nothing is compiled."""
-    if not _is_fp8(work):
+    if not work.is_fp8:
         return 0.0
     return 2.0 if work.tier == "fused" else 9.0
 
@@ -231,46 +225,20 @@ def _has_fused_head(work: Work) -> bool:
     return not work.is_full and not work.spec.data.new_tokens and not (isinstance(tuning, LoraTuning) and tuning.train_embeddings)
 
 
-def _made_again(work: Work) -> float:
-    """Bytes while a fused layer is made again and gone back through, at the wider of two moments: in its MLP, which goes chunk by
-    chunk between two matrices that lie ready, or in attention's backward pass."""
-    shape, size, stream = work.shape, work.compute_bytes, stream_bytes(work)
-    heads = shape.queries + 2 * shape.keys
-    is_offloaded = work.spec.memory.checkpointing_offload
-    # The sum behind attention, two gradients of the stream, and what is on its way from the host.
-    streams = (4 if is_offloaded else 3) * stream
-    chunk = work.held_tokens if work.is_full else min(work.held_tokens, _CHUNK)
-    matrices = 3 * size * shape.largest if packed_bytes(work.spec.quantization) is not None or work.is_full else 0
-    if _is_fp8(work):
-        matrices = 3 * shape.largest
-    waiting = 0 if is_offloaded else size * (heads + shape.queries) + 4 * shape.heads
-    mlp = work.held_tokens * (streams + waiting) + chunk * (3 * size + _rounding(work)) * shape.intermediate + matrices
-    # Queries, keys, values and their gradients, the result and its; a flash attention sums the queries' in fp32 and gives each
-    # row up to 128 tokens more.
-    summed = 4 * shape.queries * (1 + 128 / max(work.attended, 1))
-    attention = work.held_tokens * (streams + size * (2 * heads + 2 * shape.queries) + summed)
-    return float(max(mlp, attention))
-
-
 def _scratch(work: Work) -> float:
     """Bytes for one matrix at a time: dequantised to be multiplied with, or its gradient before it is fp32 and added; of fp8 the
     codes turned over."""
-    if work.is_full:
-        return (work.compute_bytes + 4) * max(work.shape.largest, work.shape.head_weights)
-    quantised = packed_bytes(work.spec.quantization) is not None
-    if not quantised:
-        return 0.0
     joined = 2 if work.tier == "fused" and "gate_proj" in work.shape.linear else 1  # gate and up are one matrix there
-    return float(joined * (1 if _is_fp8(work) else work.compute_bytes) * work.shape.largest)
+    if work.is_full:
+        return (work.compute_bytes + 4) * max(joined * work.shape.largest, work.shape.head_weights)
+    if work.packed_bytes is None:
+        return 0.0
+    return float(joined * (1 if work.is_fp8 else work.compute_bytes) * work.shape.largest)
 
 
 def _scratch_of_probe(work: Work) -> float:
     """Tiers are compared with fp8 weights dequantised: one at a time, in fp32 and then in the compute precision."""
-    return (4.0 + work.compute_bytes) * work.shape.largest if _is_fp8(work) else 0.0
-
-
-def _is_fp8(work: Work) -> bool:
-    return isinstance(work.spec.quantization, Fp8Quantization)
+    return (4.0 + work.compute_bytes) * work.shape.largest if work.is_fp8 else 0.0
 
 
 def _copies(work: Work, tier: Tier) -> float:

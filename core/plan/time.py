@@ -6,9 +6,8 @@ optimizer), and the host, which has to launch every kernel of every micro-batch.
 """
 
 from core.plan.coefficients import STANDING, Coefficients, Gpu
-from core.plan.memory import LOGITS_AT_ONCE, kept_per_token, packed_bytes
+from core.plan.memory import LOGITS_AT_ONCE, kept_per_token
 from core.plan.work import Work
-from core.spec import Fp8Quantization
 
 _OPTIMIZER_MOVES = 36
 """Bytes moved per trained parameter: gradient cleared and added to, its norm, and AdamW over weight, gradient and two states."""
@@ -17,7 +16,7 @@ _OPTIMIZER_MOVES = 36
 def step_seconds(work: Work, gpu: Gpu, coefficients: Coefficients = STANDING) -> float:
     """Of a step of average rows, as the engine's own clock counts them: from its rows to its weights."""
     flops = step_flops(work)
-    if isinstance(work.spec.quantization, Fp8Quantization):
+    if work.is_fp8:
         flops -= _layer_flops(work) * (1 - 1 / coefficients.fp8_speed)
     multiplying = flops / (coefficients.matmul_share * gpu.flops)
     moving = _moved_bytes(work, coefficients) / (coefficients.bandwidth_share * gpu.bandwidth)
@@ -53,8 +52,8 @@ def _moved_bytes(work: Work, coefficients: Coefficients) -> float:
     a_token = shape.layers * (times[work.tier] * kept_per_token(work, work.tier) + coefficients.traffic_adapter * ends)
     moved = work.computed_tokens * a_token * (1 + again / 3)
     weights = shape.layers * shape.layer_weights
-    packed = packed_bytes(work.spec.quantization)
-    if isinstance(work.spec.quantization, Fp8Quantization):
+    packed = work.packed_bytes
+    if work.is_fp8:
         moved += work.micro_batches * weights * 2  # turned over on the way back: read and written
     elif packed is not None:
         moved += work.micro_batches * (2 + again) * weights * (packed + size)

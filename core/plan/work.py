@@ -12,13 +12,26 @@ from typing import Any
 from core.catalog import Tier, can_pack
 from core.plan.shape import ModelShape, adapted_modules, model_shape, new_parameters, trainable_parameters
 from core.records import TokenCounts
-from core.spec import DATA_KINDS, FullTuning, JobSpec, ScheduleSpec
+from core.spec import (
+    DATA_KINDS,
+    Fp4Quantization,
+    Fp8Quantization,
+    FullTuning,
+    Int8Quantization,
+    JobSpec,
+    Nf4Quantization,
+    ScheduleSpec,
+)
 
 _LIGER = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "glm4", "smollm3"})
 """Families whose norms and gates liger has kernels for (0.8); with the others the packed tier keeps what the plain one does."""
 _SPREAD = 1.43
 """Mean square over squared mean of the lengths where no sum of squares was stored: log-normal of sigma 0.6."""
 _STEPS_UNKNOWN = 100
+RECORDED_ROWS = 32
+"""What the rows of a recorded decoder, and one of padding, are rounded up to a multiple of (core.train.fused.graphs)."""
+_4BIT_BYTES = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / (64 * 256)}
+"""Four bits, and a scale per block of 64: fp32, or quantised itself in blocks of 256 (arXiv 2305.14314)."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,8 @@ class Work:
     """Norms and gates are kernels that keep their input alone (liger's); of no account where fused layers have their own."""
     held_tokens: int
     """In memory at once at most, padding included."""
+    held_sequences: int
+    """Those that they stand in."""
     longest: int
     """Tokens of a sequence at most."""
     held_trained: int
@@ -86,6 +101,29 @@ class Work:
         return 4 if self.spec.memory.precision == "fp32" else 2
 
     @property
+    def stream_bytes(self) -> int:
+        """Of a token in the residual stream: what a checkpointed layer keeps of it."""
+        return self.shape.hidden * (4 if self.is_full else self.compute_bytes)
+
+    @property
+    def packed_bytes(self) -> float | None:
+        """Per quantised weight; None where nothing is."""
+        quantization = self.spec.quantization
+        if isinstance(quantization, Nf4Quantization | Fp4Quantization):
+            return _4BIT_BYTES[quantization.double_quantization]
+        is_eight = isinstance(quantization, Int8Quantization | Fp8Quantization)
+        return 1.0 if is_eight else None  # a scale per output is next to nothing
+
+    @property
+    def is_fp8(self) -> bool:
+        return isinstance(self.spec.quantization, Fp8Quantization)
+
+    @property
+    def is_recorded(self) -> bool:
+        """The decoder runs as graphs: fused layers that the host takes no part in."""
+        return self.tier == "fused" and not self.spec.memory.checkpointing_offload
+
+    @property
     def recomputed_layers(self) -> int:
         """How many layers are checkpointed."""
         memory = self.spec.memory
@@ -110,18 +148,24 @@ def work_of(
     lengths = lengths_of(spec, counts, sequences)
     step_tokens = rows * lengths.mean
     if tier == "plain":
-        held = held_rows * sequences * lengths.longest
+        held_sequences = held_rows * sequences
+        held = held_sequences * lengths.longest
         micro_batches = most = float(math.ceil(rows / held_rows))
         lines = [_line(lengths, sequences, first, min(held_rows, rows - first), rows) for first in range(0, rows, held_rows)]
         computed = sum(rows * line for rows, line in lines)
         attended = sum(rows * line**2 for rows, line in lines) / computed
-        probed = 0
+        probed, carried = 0, held
     else:
         room = max(held_rows * spec.data.max_length, sequences * lengths.longest if counts is not None else 0)
         most_tokens = min(step_tokens + _highest(steps) * lengths.deviation * math.sqrt(rows), rows * sequences * lengths.longest)
-        held = math.ceil(min(room, most_tokens))
+        held = carried = math.ceil(min(room, most_tokens))
         micro_batches, most = math.ceil(step_tokens / room), math.ceil(most_tokens / room)
+        held_sequences = min(rows * sequences, math.ceil(held * sequences / lengths.mean))
         computed, attended = step_tokens, lengths.attended
+        if tier == "fused" and not spec.memory.checkpointing_offload:  # a micro-batch is rounded up, by half a piece on average
+            computed += micro_batches * fineness(held) / 2
+            held = math.ceil(held / fineness(held)) * fineness(held)
+            held_sequences = math.ceil((held_sequences + 1) / RECORDED_ROWS) * RECORDED_ROWS
         probed = sequences * lengths.longest  # one example at a time
     return Work(
         spec=spec,
@@ -131,8 +175,9 @@ def work_of(
         tier=tier,
         has_kernels=tier != "plain" and shape.family in _LIGER,
         held_tokens=held,
+        held_sequences=held_sequences,
         longest=lengths.longest,
-        held_trained=math.ceil(held * lengths.trained),
+        held_trained=math.ceil(carried * lengths.trained),
         probed_tokens=probed,
         micro_batches=micro_batches,
         most_micro_batches=int(most),
@@ -150,6 +195,11 @@ def tier_of(spec: JobSpec, architecture: str, config: dict[str, Any]) -> Tier:
     if can_pack(architecture, config, spec.data.max_length) is not None:
         return "plain"
     return "fused" if spec.memory.fused_layers else "packed"
+
+
+def fineness(tokens: int) -> int:
+    """What the tokens of a recorded decoder are rounded up to a multiple of (core.train.fused.graphs)."""
+    return max(128, 1 << max(0, round(math.log2(tokens)) - 5))
 
 
 def count_steps(rows_per_epoch: int, rows_per_step: int, schedule: ScheduleSpec) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from core.train.fused.layer import FusedLayer
@@ -111,12 +112,13 @@ class GraphedDecoder:
         hidden, gradient = self._hidden(size, "hidden"), self._hidden(size, "gradient")
         inputs = self._inputs(size)
         dtype, kind = self._dtype(), self._device.type
-        found: list[torch.Tensor] = []
+        found: list[GradientEdge] = []
 
         def forward() -> None:
             with torch.enable_grad(), torch.autocast(kind, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-                found.append(type(self._decoder).forward(self._decoder, use_cache=False, **inputs).last_hidden_state)
-            hidden.copy_(found[0].detach())
+                last = type(self._decoder).forward(self._decoder, use_cache=False, **inputs).last_hidden_state
+            hidden.copy_(last.detach())
+            found.append(get_gradient_edge(last))  # the way back without the tensor
 
         def backward() -> None:
             torch.autograd.backward(found.pop(), gradient)

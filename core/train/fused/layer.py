@@ -125,6 +125,7 @@ class _Layer(torch.autograd.Function):
             given, kept = others[: ctx.counts[0]], others[ctx.counts[0] :]
             of_attention, of_mlp = kept[: ctx.counts[1]], kept[ctx.counts[1] :]
             of_middle, second = mlp.backward(gradient, middle, tuple(given[split:]), tuple(of_mlp), batch, wanted[split:])
+            _let_go(middle, *of_mlp)
             attended, ctx.attended = ctx.attended, None
         else:
             x, *given = ctx.saved_tensors
@@ -146,3 +147,11 @@ class _Layer(torch.autograd.Function):
         if layer.is_first:  # which is the last to go back
             layer.adapters.add_up()
         return None, None, None, of_x, *first, *second, *(None for _ in layer.factors)
+
+
+def _let_go(*tensors: torch.Tensor | None) -> None:
+    """Give back the memory of what only the MLP's way back has read. Autograd holds what was saved until the function returns,
+    and attention's way back, which comes before that, needs as much as gate and up."""
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.untyped_storage().resize_(0)
