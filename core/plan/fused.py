@@ -45,8 +45,8 @@ def kept_by_layer(work: Work) -> float:
 
 
 def standing(work: Work) -> float:
-    """Through the whole run: adapters as layers multiply with them and their gradients, and what all graphs share."""
-    found = 2.0 * work.compute_bytes * _stacked(work)
+    """Through the whole run: adapters as layers multiply with them, and what all graphs share."""
+    found = float(work.compute_bytes * _stacked(work))
     if work.is_recorded:
         # The decoder's result and its gradient. Steps of like rows lie close together, so room is made once for all of them,
         # beyond the first, which is an average one.
