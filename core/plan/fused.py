@@ -77,6 +77,10 @@ def made_again(work: Work, rounding: float) -> float:
     shape, size, stream, tokens = work.shape, work.compute_bytes, work.stream_bytes, work.held_tokens
     is_offloaded = work.spec.memory.checkpointing_offload
     heads = size * (shape.queries + 2 * shape.keys)
+    if shape.head_norms:  # as they were before their norm, too
+        heads += size * (shape.queries + shape.keys) + 4 * (shape.heads + shape.keys // shape.head_size)
+    if shape.norms == 4:  # what is added, before its norm
+        heads += size * shape.hidden
     result = size * shape.queries + 4 * shape.heads
     # The sum behind attention, two gradients of the stream, and what is on its way from the host.
     waiting = (4 if is_offloaded else 3) * stream + (0 if is_offloaded else heads + result)

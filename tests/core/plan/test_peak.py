@@ -16,7 +16,7 @@ from core.eval.rows import Example, collate_packed
 from core.models import documents
 from core.plan import fused
 from core.plan.coefficients import Coefficients
-from core.plan.memory import GIB, estimate_memory, kept_per_token
+from core.plan.memory import GIB, _tables, estimate_memory, kept_per_token
 from core.plan.work import work_of
 from core.spec import JobSpec, LoraTuning, SftObjective
 from core.train.fused import halves
@@ -136,23 +136,39 @@ class FlashOnGpu(Flash):
         return tuple(torch.zeros_like(part) for part in ctx.saved_tensors[:3])
 
 
-@pytest.mark.parametrize("intermediate", [32, 128, 1024])
+class LikeLiger(torch.autograd.Function):
+    """A norm that keeps its input alone and writes its gradient over the one it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+@pytest.mark.parametrize("intermediate", [32, 1024])
 @pytest.mark.parametrize("checkpointing", ["", "on", "offload"])
-@pytest.mark.parametrize(("family", "quantization"), [("llama", "none"), ("llama", "nf4-double"), ("qwen3", "none"), ("glm4", "none")])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_token_of_fused_layers_takes_what_the_plan_says(
-    folders: Folders, monkeypatch: pytest.MonkeyPatch, family: str, quantization: Any, checkpointing: str, intermediate: int
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, family: str, checkpointing: str, intermediate: int
 ) -> None:
     """Where attention's way back is the widest place, and where the MLP's is."""
     monkeypatch.setattr(documents, "_row_by_row", lambda q, k, v, *_: FlashOnGpu.apply(q.to(v.dtype), k.to(v.dtype), v))
-    monkeypatch.setattr(halves, "_CHUNK", 100)
-    monkeypatch.setattr(fused, "CHUNK", 100)
+    if intermediate == 32:  # sums over chunks are in fp32, and no small ones beside so few tokens
+        monkeypatch.setattr(halves, "_CHUNK", 100)
+        monkeypatch.setattr(fused, "CHUNK", 100)
     folder = folders(family, layers=4, vocab_size=512, intermediate_size=intermediate)
-    model = adapted(base_of(folder, "bf16", quantization), LoraTuning.model_validate(LORA))
+    model = adapted(base_of(folder, "bf16"), LoraTuning.model_validate(LORA))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()  # as core.train.build does
     live = Live()
     ops = Elementwise(**{field.name: live.as_kernel(getattr(PLAIN, field.name)) for field in fields(Elementwise)})
     install_fused(model, ops, offload=checkpointing == "offload")
+    monkeypatch.setattr(model.get_base_model().get_decoder().norm, "forward", LikeLiger.apply)
     memory = {"fused_layers": True, "checkpointing": bool(checkpointing), "checkpointing_offload": checkpointing == "offload"}
     data = {"datasets": [{"dataset_id": "ds_aaaaaaaaaa"}], "max_length": 400}
     spec = JobSpec.model_validate({"base_model": "m", "data": data, "tuning": LORA, "memory": memory})
@@ -162,10 +178,10 @@ def test_a_token_of_fused_layers_takes_what_the_plan_says(
     def planned(tokens: int) -> float:
         of = replace(work, held_tokens=tokens, held_sequences=1)
         if not checkpointing:
-            return tokens * 4 * kept_per_token(of, "fused") + fused.passing(of, 0.0, 0.0)
+            return tokens * (4 * kept_per_token(of, "fused") + _tables(of)) + fused.passing(of, 0.0, 0.0)
         # Nothing is on its way from the host, on a CPU.
         streams = -1 if checkpointing == "offload" else 4
-        return tokens * streams * of.stream_bytes + fused.made_again(of, 0.0)
+        return tokens * (streams * of.stream_bytes + _tables(of)) + fused.made_again(of, 0.0)
 
     peak(model, 800, 9, live)  # what is made once, and the host's memory
     found = (peak(model, 800, 9, live) - peak(model, 400, 9, live)) / 400
