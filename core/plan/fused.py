@@ -45,8 +45,8 @@ def kept_by_layer(work: Work) -> float:
 
 
 def standing(work: Work) -> float:
-    """Through the whole run: adapters as layers multiply with them and their gradients, and what all graphs share."""
-    found = 2.0 * work.compute_bytes * _stacked(work)
+    """Through the whole run: adapters as layers multiply with them, and what all graphs share."""
+    found = float(work.compute_bytes * _stacked(work))
     if work.is_recorded:
         # The decoder's result and its gradient. Steps of like rows lie close together, so room is made once for all of them,
         # beyond the first, which is an average one.
@@ -77,6 +77,10 @@ def made_again(work: Work, rounding: float) -> float:
     shape, size, stream, tokens = work.shape, work.compute_bytes, work.stream_bytes, work.held_tokens
     is_offloaded = work.spec.memory.checkpointing_offload
     heads = size * (shape.queries + 2 * shape.keys)
+    if shape.head_norms:  # as they were before their norm, too
+        heads += size * (shape.queries + shape.keys) + 4 * (shape.heads + shape.keys // shape.head_size)
+    if shape.norms == 4:  # what is added, before its norm
+        heads += size * shape.hidden
     result = size * shape.queries + 4 * shape.heads
     # The sum behind attention, two gradients of the stream, and what is on its way from the host.
     waiting = (4 if is_offloaded else 3) * stream + (0 if is_offloaded else heads + result)

@@ -106,10 +106,9 @@ def _fused_step(work: Work, coefficients: Coefficients) -> MemoryEstimate:
         logits = min(work.held_trained * shape.vocabulary, fused.LOGITS_AT_ONCE) * float(work.compute_bytes)
     else:
         logits = min(work.held_trained * shape.vocabulary, LOGITS_AT_ONCE) * float(_LOGIT_BYTES)
-    if work.is_recorded:  # the head computes beside the graphs' memory, which is theirs alone
-        workspace = back + read
-    else:
-        workspace = max(0.0, back - logits, read + 2.0 * tokens * work.stream_bytes)
+    # The head computes beside the graphs' memory, which is theirs alone.
+    apart = max(0.0, back - logits, read + 2.0 * tokens * work.stream_bytes)
+    workspace = back + read if work.is_recorded else apart
     return _estimate(
         weights=weight_bytes(work) + (_copies(work, "fused") if work.is_full else 0.0) + fused.standing(work),
         gradients=4.0 * work.trainable,  # which lie there from the beginning

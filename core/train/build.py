@@ -181,6 +181,8 @@ def _build(run: RunInput, plain_because: str | None = None) -> Training:
             every_n_layers=spec.memory.checkpointing_every,
             offload=spec.memory.checkpointing_offload,
         )
+        # That made the embedding's result ask for a gradient, as the re-entrant kind needs it: it would be held for that, too.
+        model.disable_input_require_grads()
     model.train()
     lora_plus_ratio = spec.tuning.lora_plus_ratio if isinstance(spec.tuning, LoraTuning) else None
     training = Training(

@@ -30,8 +30,9 @@ class Stacked:
     factors: tuple[torch.nn.Parameter, ...]
     """A and B of each module in turn: what trains."""
     outputs: int
-    of_down: torch.Tensor | None = None
-    of_up: torch.Tensor | None = None
+    of_below: torch.Tensor | None = None
+    of_above: tuple[torch.Tensor, ...] = ()
+    """Where the gradients of all A lie, as one matrix, and of each B."""
     down: torch.Tensor | None = None
     """All A one below the other [R, inputs]."""
     up: torch.Tensor | None = None
@@ -41,6 +42,13 @@ class Stacked:
         """Equal for projections that can lie in one piece."""
         places = [(place.outputs.start, place.outputs.stop, place.ranks.start, place.scale) for place in self.places]
         return (*places, self.factors[0].shape, self.outputs, self.factors[0].dtype)
+
+    def add(self, of_down: torch.Tensor, of_up: torch.Tensor) -> None:
+        """Add the gradients of `down` and `up` to the factors'. Of B that stand on a diagonal nothing else counts."""
+        assert self.of_below is not None
+        self.of_below.add_(of_down)
+        for place, own in zip(self.places, self.of_above, strict=True):
+            own.add_(of_up[place.outputs, place.ranks], alpha=place.scale)
 
 
 class _Group:
@@ -64,26 +72,22 @@ class _Group:
                 for factor, view in zip(member.factors[2 * number : 2 * number + 2], at, strict=True):
                     factor.data = view.copy_(factor.data)
                 self.gradients += [self._of_below[layer, place.ranks], self._of_above[layer, place.outputs]]
-        self._down = self._up = self._of_down = self._of_up = like.new_empty(0)
+            member.of_below = self._of_below[layer]
+            member.of_above = tuple(self._of_above[layer, place.outputs] for place in member.places)
+        self._down = self._up = like.new_empty(0)
 
     def make(self, dtype: torch.dtype) -> None:
         if self._down.dtype != dtype or not len(self._down):
             self._down = torch.empty_like(self._below, dtype=dtype)
             self._up = self._above.new_empty(*self._split, dtype=dtype).flatten(2)
-            self._of_down, self._of_up = torch.zeros_like(self._down), torch.zeros_like(self._up)
             for layer, member in enumerate(self.members):
                 member.down, member.up = self._down[layer], self._up[layer]
-                member.of_down, member.of_up = self._of_down[layer], self._of_up[layer]
         self._down.copy_(self._below)
         torch.mul(self._above.unsqueeze(2), self._scales, out=self._up.view(self._split))
 
     def zero_gradients(self) -> None:
         self._of_below.zero_()
         self._of_above.zero_()
-
-    def add_up(self) -> None:
-        self._of_below.add_(self._of_down)
-        self._of_above.add_((self._of_up.view(self._split) * self._scales).sum(2))
 
 
 class Adapters:
@@ -130,15 +134,9 @@ class Adapters:
                 group.make(dtype)
             self._made_of = state
 
-    @torch.no_grad()
-    def add_up(self) -> None:
-        """Add what a backward pass has left in `of_down` and `of_up` of all projections to the factors' gradients."""
-        self.lay_gradients()
-        for group in self._groups:
-            group.add_up()
-
     def lay_gradients(self) -> None:
-        """The factors' gradients lie in memory of theirs from now on: as they were, zero where there were none."""
+        """The factors' gradients lie in memory of theirs from now on: as they were, zero where there were none. To be called
+        before a forward pass whose way back adds to them."""
         if all(factor.grad is None for factor in self.gradients):
             for group in self._groups:
                 group.zero_gradients()
@@ -153,6 +151,8 @@ class Adapters:
     def gradients_aside(self) -> Iterator[None]:
         """What is added up inside is forgotten."""
         kept = [own.clone() for own in self.gradients.values()]
-        yield
-        for own, before in zip(self.gradients.values(), kept, strict=True):
-            own.copy_(before)
+        try:
+            yield
+        finally:
+            for own, before in zip(self.gradients.values(), kept, strict=True):
+                own.copy_(before)

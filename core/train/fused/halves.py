@@ -62,7 +62,7 @@ class _Half:
         return tuple(factor for projection in self._projections for factor in projection.factors())
 
     def leave(self, found: Tensors) -> None:
-        """Lay the gradients of `factors`, from those of `given`, where they are added up from."""
+        """Add to the gradients of `factors`, from those of `given`."""
         for projection, part in zip(self._projections, _parts(found)[:2], strict=True):
             projection.leave(part)
 

@@ -80,6 +80,8 @@ class FusedLayer:
         batch = Batch(dtype, turn, attention_mask, options)
         if self.is_first:
             self.adapters.refresh(dtype)
+            if torch.is_grad_enabled():
+                self.adapters.lay_gradients()
         given = (*self.attention.given(dtype), *self.mlp.given(dtype))
         result: torch.Tensor = _Layer.apply(self, batch, torch.is_grad_enabled(), hidden_states.squeeze(0), *given, *self.factors)
         return result[None]
@@ -144,8 +146,6 @@ class _Layer(torch.autograd.Function):
         )
         attention.leave(first)
         mlp.leave(second)
-        if layer.is_first:  # which is the last to go back
-            layer.adapters.add_up()
         return None, None, None, of_x, *first, *second, *(None for _ in layer.factors)
 
 

@@ -148,9 +148,9 @@ class Projection:
         return () if self._stacked is None else self._stacked.factors
 
     def leave(self, found: Parameters) -> None:
-        """Lay the gradients of stacked A and B where they are added up from."""
-        if self._stacked is not None:
-            torch._foreach_copy_([self._stacked.of_down, self._stacked.of_up], [found.down, found.up])
+        """Add the gradients of stacked A and B to those of the modules' own."""
+        if self._stacked is not None and found.down is not None and found.up is not None:
+            self._stacked.add(found.down, found.up)
 
     def _adapters(self, dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """All modules' A one below the other [R, inputs] and their scaled B on a diagonal [outputs, R]; None without any."""

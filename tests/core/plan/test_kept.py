@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 
+from benchmarks.shapes import config_of
 from core.adapter import Quantization
+from core.eval import nats
 from core.models import documents
-from core.plan import memory
-from core.plan.memory import kept_per_token, stream_bytes
+from core.plan import fused, memory
+from core.plan.memory import kept_per_token
 from core.plan.work import Tier, work_of
 from core.spec import JobSpec, LoraTuning, MoraTuning
-from core.train.fused import halves, head, layer
-from core.train.fused.install import install_fused
+from core.train.fused import graphs, halves, head, layer
+from core.train.fused.install import fused_layer, install_fused
 from tests.core.train.fused import Flash, Folders, adapted, base_of, folders_in, kept, packed
 
 RANK_3: dict[str, Any] = {"kind": "lora", "rank": 3}
@@ -38,7 +40,7 @@ def counted(folder: Any, family: str, tier: Tier, **fields: Any) -> tuple[float,
     config = json.loads((folder / "config.json").read_text())
     architecture = config["architectures"][0]
     work = work_of(spec, architecture=architecture, parameters=1, config=config, counts=None, steps=None)
-    return kept_per_token(replace(work, has_kernels=False, longest=300), tier), stream_bytes(work)
+    return kept_per_token(replace(work, has_kernels=False, longest=300), tier), work.stream_bytes
 
 
 def saved(
@@ -115,8 +117,47 @@ def test_a_fused_layer(folders: Folders, family: str, tuning: dict[str, Any]) ->
 
 
 def test_the_plan_knows_the_engine_s_bounds() -> None:
-    assert (memory.ATTENDED_AGAIN, memory._CHUNK) == (layer.ATTENDED_AGAIN, halves._CHUNK)
-    assert head.LOGITS_AT_ONCE == memory._FUSED_LOGITS
+    assert (fused.ATTENDED_AGAIN, fused.CHUNK) == (layer.ATTENDED_AGAIN, halves._CHUNK)
+    assert (fused.LOGITS_AT_ONCE, memory.LOGITS_AT_ONCE) == (head.LOGITS_AT_ONCE, nats.LOGITS_PER_CHUNK)
+
+
+@pytest.mark.parametrize("tokens", [8, 500, 4095, 5793, 16224, 19497, 23171, 50000])
+def test_the_plan_rounds_a_step_up_as_its_graph_is(tokens: int) -> None:
+    data = {"datasets": [{"dataset_id": "ds_aaaaaaaaaa"}], "max_length": tokens}
+    for more, recorded in (({}, True), ({"checkpointing": True, "checkpointing_offload": True}, False)):
+        job: dict[str, Any] = {"base_model": "m", "data": data, "memory": {"fused_layers": True} | more}
+        spec = JobSpec.model_validate(job | {"batch": {"micro_batch_size": 1}})
+        config = config_of("llama-1.1b") | {"max_position_embeddings": 65536}
+        work = work_of(spec, architecture="LlamaForCausalLM", parameters=1, config=config, counts=None, steps=None)
+        size = graphs.Size.of(tokens, 1, tokens)
+        assert (work.held_tokens, work.held_sequences) == ((size.tokens, size.rows) if recorded else (tokens, 1))
+        assert fused.is_attended_again(work) == ((size.longest if recorded else tokens) <= layer.ATTENDED_AGAIN)
+        assert work.held_trained == tokens
+
+
+def test_adapters_stand_beside_the_factors_as_they_are_multiplied_with(folders: Folders) -> None:
+    for family in ("llama", "glm4"):
+        folder = folders(family, layers=2)
+        for targets in ("all-linear", ["q_proj", "v_proj"]):
+            tuning = RANK_3 | {"target_modules": targets}
+            model = adapted(base_of(folder, "bf16"), LoraTuning.model_validate(tuning))
+            install_fused(model)
+            kept(model, 20, "bf16")
+            fused_layers = [fused_layer(each) for each in model.get_base_model().get_decoder().layers]
+            pieces = {
+                id(part.untyped_storage()): part.untyped_storage().nbytes()
+                for each in fused_layers
+                for half in (each.attention, each.mlp)
+                for projection in half._projections
+                if projection._stacked is not None
+                for part in (projection._stacked.down, projection._stacked.up)
+            }
+            data = {"datasets": [{"dataset_id": "ds_aaaaaaaaaa"}]}
+            memory_of = {"fused_layers": True, "checkpointing": True, "checkpointing_offload": True}
+            spec = JobSpec.model_validate({"base_model": "m", "data": data, "tuning": tuning, "memory": memory_of})
+            config = json.loads((folder / "config.json").read_text())
+            work = work_of(spec, architecture=config["architectures"][0], parameters=1, config=config, counts=None, steps=None)
+            assert fused.standing(work) == sum(pieces.values())
 
 
 @pytest.mark.parametrize("tuning", [RANK_3, FULL])
