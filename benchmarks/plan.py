@@ -1,8 +1,8 @@
 """Does the plan foretell memory and time? `python -m benchmarks.plan --set judged --models DIR` on a GPU.
 
-Every case is one training child of six steps, as a worker starts it; beside its peak of allocated memory (over everything from
-load on) and the median time of its later steps, trained alone on the device (benchmarks/pool.py), stands what the plan said
-before. The coefficients of core/plan/coefficients.py are fitted to the cases of FITTING alone (`--fit FILE` prints better ones),
+Every case is one training child of six steps, as a worker starts it: two steps' rows three times over, so that what a size of
+batch costs once falls into the first two. Beside its peak of allocated memory (over everything from load on) and the median time
+of its later steps, trained alone on the device (benchmarks/pool.py), stands what the plan said before. The coefficients of core/plan/coefficients.py are fitted to the cases of FITTING alone (`--fit FILE` prints better ones),
 frozen by a commit, and then judged by those of JUDGED: other cases all, and some on a shape, a rank or a length that fitting
 never saw. `--table FILE` prints what came out. A run that was cut ends with the `--cases` that are left.
 """
@@ -21,11 +21,11 @@ from typing import Any, Literal
 import numpy as np
 from scipy.optimize import least_squares
 
-from benchmarks.children import Rows, planned_work, rows_of, said, short_lengths
-from benchmarks.pool import Outcome, add_arguments, limits, measure_alone, run_of_work
+from benchmarks.children import Rows, in_training_order, planned_work, rows_of, said, short_lengths
+from benchmarks.pool import Outcome, add_arguments, in_turn, limits, measure_alone, needed_gib, next_batch, run_of_work
 from benchmarks.results import FOLDER, Results
 from benchmarks.shapes import SHAPES, made_all
-from core.plan.coefficients import STANDING, Coefficients, find_gpu
+from core.plan.coefficients import GPUS, STANDING, Coefficients, find_gpu
 from core.plan.memory import estimate_memory
 from core.plan.time import step_seconds
 from core.plan.work import Work
@@ -34,6 +34,8 @@ from tests.core.train.runs import write_cache
 
 STEPS = 6
 WARM_UP = 2
+_CALL_SECONDS = 600
+"""What a machine that is lent runs one command for."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Case:
     short: bool = False
     recompute: int = 0
     """memory.checkpointing_every; 0 is no checkpointing."""
+    fused: bool = False
+    offload: bool = False
     packing: Literal["auto", "off"] = "auto"
     optimizer: str = "adamw"
 
@@ -57,6 +61,8 @@ class Case:
         method = self.method if self.method == "full" else f"{self.method}{self.rank}-{self.modules}"
         parts = [method, "short" if self.short else str(self.length), f"{self.rows}x{self.times}"]
         parts += [f"ckpt{self.recompute}"] if self.recompute else []
+        parts += ["fused"] if self.fused else []
+        parts += ["offload"] if self.offload else []
         parts += ["padded"] if self.packing == "off" else []
         parts += [self.optimizer] if self.optimizer != "adamw" else []
         return f"{self.shape}/{'-'.join(parts)}"
@@ -66,7 +72,9 @@ class Case:
         if self.method != "full":
             modules: Any = "all-linear" if self.modules == "all" else ["q_proj", "v_proj"]
             tuning = {"kind": "lora", "rank": self.rank, "alpha": 32.0, "target_modules": modules}
-        memory = {"checkpointing": True, "checkpointing_every": self.recompute} if self.recompute else {}
+        memory: dict[str, Any] = {"fused_layers": self.fused}
+        if self.recompute:
+            memory |= {"checkpointing": True, "checkpointing_every": self.recompute, "checkpointing_offload": self.offload}
         batch = {"micro_batch_size": self.rows, "gradient_accumulation_steps": self.times, "packing": self.packing}
         return JobSpec.model_validate(
             {
@@ -83,11 +91,11 @@ class Case:
         )
 
     def made_rows(self) -> Rows:
-        """As many as the steps take, the same at every call."""
+        """As many as the steps take, those of the warm-up again and again; the same at every call."""
         rng = np.random.default_rng([self.length, self.rows, self.times])
-        count = STEPS * self.rows * self.times
+        count = WARM_UP * self.rows * self.times
         lengths = short_lengths(rng, count, self.length) if self.short else rng.integers(self.length // 2, self.length + 1, count)
-        return rows_of(rng, lengths)
+        return in_training_order(rows_of(rng, lengths) * (STEPS // WARM_UP), self.spec())
 
 
 _SMALL, _LARGE, _OTHER = "llama-1.1b", "llama2-7b", "qwen3-8b"
@@ -99,20 +107,23 @@ FITTING = [
     Case(_SMALL, "lora", 1024, 8, 2),
     Case(_SMALL, "lora", 2048, 4, 2, recompute=1),
     Case(_SMALL, "qlora", 1024, 8, 2),
+    Case(_SMALL, "lora", 512, 64, 2, short=True, fused=True),
+    Case(_SMALL, "lora", 512, 8, short=True, rank=8, fused=True),
     Case(_SMALL, "full", 512, 16, 4, short=True),
+    Case(_SMALL, "full", 512, 32, 2, short=True, fused=True),
     Case(_SMALL, "full", 1024, 8, 2, optimizer="adamw_8bit"),
     Case(_SMALL, "full", 2048, 4, 2, recompute=1),
     Case(_LARGE, "lora", 512, 8, 4, short=True),
-    Case(_LARGE, "lora", 512, 8, 4, short=True, rank=8, modules="qv"),
-    Case(_LARGE, "lora", 1024, 4, 2),
     Case(_LARGE, "lora", 2048, 2, 2),
     Case(_LARGE, "qlora", 512, 16, 2, short=True),
+    Case(_LARGE, "qlora", 512, 16, 2, short=True, fused=True),
+    Case(_LARGE, "qlora", 1024, 8, 2, recompute=1, fused=True, offload=True),
     Case(_LARGE, "qlora", 512, 8, 4, short=True, packing="off"),
     Case(_LARGE, "qlora", 1024, 8, 2, recompute=1),
     Case(_LARGE, "qlora", 2048, 4, 2, rank=8, modules="qv", recompute=2),
 ]
 JUDGED = [
-    Case(_SMALL, "lora", 512, 16, 2),
+    Case(_SMALL, "lora", 512, 16, 2, fused=True),
     Case(_SMALL, "lora", 1024, 16, rank=8, modules="qv"),
     Case(_SMALL, "lora", 1024, 8, 2, packing="off"),
     Case(_SMALL, "lora", 512, 32, 2, short=True, rank=64),
@@ -122,26 +133,30 @@ JUDGED = [
     Case(_SMALL, "qlora", 256, 32, 2, modules="qv"),
     Case(_SMALL, "qlora", 2048, 8),
     Case(_SMALL, "full", 256, 32, 2),
-    Case(_SMALL, "full", 1024, 8),
+    Case(_SMALL, "full", 1024, 8, fused=True),
     Case(_SMALL, "full", 512, 16, 4, short=True, optimizer="paged_adamw_8bit"),
     Case(_SMALL, "full", 4096, 4, recompute=1),
-    Case(_LARGE, "lora", 1024, 8),
+    Case(_LARGE, "lora", 1024, 8, fused=True),
     Case(_LARGE, "lora", 2048, 2, 2, modules="qv"),
     Case(_LARGE, "lora", 512, 16, 2, short=True, rank=64, recompute=1),
     Case(_LARGE, "qlora", 256, 16, 2),
-    Case(_LARGE, "qlora", 512, 16, 4, short=True, recompute=1),
+    Case(_LARGE, "qlora", 512, 16, 4, short=True, recompute=1, fused=True, offload=True),
     Case(_LARGE, "qlora", 1024, 4, 2, rank=64),
-    Case(_LARGE, "qlora", 2048, 2, 2),
-    Case(_LARGE, "qlora", 4096, 2, recompute=1),
+    Case(_LARGE, "qlora", 2048, 2, 2, fused=True),
+    Case(_LARGE, "qlora", 4096, 2, recompute=1, fused=True),
     Case(_OTHER, "lora", 512, 8, 4, short=True),
     Case(_OTHER, "lora", 512, 8, 2, rank=8, modules="qv"),
     Case(_OTHER, "lora", 1024, 8, recompute=1),
-    Case(_OTHER, "qlora", 512, 8, 4, short=True),
+    Case(_OTHER, "qlora", 512, 8, 4, short=True, fused=True),
     Case(_OTHER, "qlora", 512, 16, 2, recompute=1),
     Case(_OTHER, "qlora", 2048, 2, 2),
     Case(_OTHER, "qlora", 8192, 1, 2, recompute=1),
 ]
-SETS = {"fit": FITTING, "judged": JUDGED, "tiny": [Case("tiny", "lora", 64, 4, 2), Case("tiny", "full", 64, 4, recompute=1)]}
+SETS = {
+    "fit": FITTING,
+    "judged": JUDGED,
+    "tiny": [Case("tiny", "lora", 64, 4, 2), Case("tiny", "full", 64, 4, recompute=1, fused=True)],
+}
 
 
 def main() -> None:
@@ -154,6 +169,7 @@ def main() -> None:
     parser.add_argument("--commit", help="of the tree, where git can't say")
     add_arguments(parser)
     parser.add_argument("--fit", type=Path, metavar="FILE", help="print coefficients fitted to a result file's fitting cases")
+    parser.add_argument("--foresee", action="store_true", help="print the batches of both sets, and what the plan says they take")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print what the standing coefficients say of a result file")
     arguments, began = parser.parse_args(), time.monotonic()
     if arguments.fit:
@@ -161,12 +177,39 @@ def main() -> None:
     if arguments.table:
         for name, cases in SETS.items():
             show_table(name, measurements(arguments.table, cases))
+    if arguments.foresee:
+        for name in ("fit", "judged"):
+            foresee(name, SETS[name], arguments.gib, arguments.at_once)
     if arguments.set:
         number, of = map(int, arguments.part.split("/"))
         chosen = {case.name for case in SETS[arguments.set]} if arguments.cases is None else set(arguments.cases.split(","))
         if unknown := chosen - {case.name for case in SETS[arguments.set]}:
             parser.error(f"--cases: {', '.join(sorted(unknown))} is not in the set {arguments.set}")
         run_all([case for case in SETS[arguments.set][number - 1 :: of] if case.name in chosen], arguments, began)
+
+
+def in_order(cases: list[Case]) -> list[Case]:
+    """Small models first, so that a call that is cut has measured many."""
+    return sorted(cases, key=lambda case: list(SHAPES).index(case.shape))
+
+
+def foresee(name: str, cases: list[Case], gib: float, at_once: int) -> None:
+    """Print a set's batches as an H100 would be asked for them; setting children up comes on top."""
+    gpu, nowhere = GPUS["H100"], Path()
+    works = {case.name: work_of_case(case, None) for case in in_order(cases)}
+    waiting = [run_of_work(of, name=n, model=nowhere, cache=nowhere, folder=nowhere, warm_up=WARM_UP) for n, of in works.items()]
+    total, batches = 0.0, 0
+    while waiting:
+        batch = next_batch(waiting, gib, at_once)
+        waiting = [run for run in waiting if run not in batch]
+        seconds = sum(STEPS * step_seconds(works[run.name], gpu) for run in batch)
+        total, batches = total + seconds, batches + 1
+        said_of = ", ".join(f"{run.name} {run.peak_gib:.1f} GiB" for run in in_turn(batch))
+        print(f"{name} {batches}: {seconds:.0f} s of steps, {needed_gib(batch):.0f} GiB: {said_of}")
+    left = (_CALL_SECONDS - total) / batches
+    print(
+        f"{name}: {len(cases)} cases, {total:.0f} s of steps; fits a call of {_CALL_SECONDS} s if a batch stands in {left:.0f} s"
+    )
 
 
 def run_all(cases: list[Case], arguments: argparse.Namespace, began: float) -> None:
@@ -177,7 +220,7 @@ def run_all(cases: list[Case], arguments: argparse.Namespace, began: float) -> N
         device = made_all((case.shape for case in cases), models)
         results = Results("plan", device, folder=arguments.out, commit=arguments.commit)
         known, runs = {}, []
-        for case in sorted(cases, key=lambda case: list(SHAPES).index(case.shape)):
+        for case in in_order(cases):
             work = work_of_case(case, models / case.shape)
             place = Path(temporary) / case.name.replace("/", "-")
             cache = write_cache(place / "cache", case.made_rows())

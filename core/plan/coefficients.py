@@ -39,7 +39,7 @@ class Coefficients:
     """The host's part of a layer in one micro-batch, forward and backward, and of each adapted module in it: a GPU can't be
     faster than it is told what to do."""
     fused_share: float = 0.35
-    """Of those, with fused layers."""
+    """Of those, with fused layers that the host takes part in; others are recorded and cost it nothing."""
     step_seconds: float = 0.02
     """Of a step whatever its size: data, clipping, the event."""
 

@@ -82,8 +82,9 @@ def made_again(work: Work, rounding: float) -> float:
     if shape.norms == 4:  # what is added, before its norm
         heads += size * shape.hidden
     result = size * shape.queries + 4 * shape.heads
-    # The sum behind attention, two gradients of the stream, and what is on its way from the host.
-    waiting = (4 if is_offloaded else 3) * stream + (0 if is_offloaded else heads + result)
+    # The sum behind attention and two gradients of the stream. With a host it is the way forward that holds most: what comes in,
+    # the sum, what goes out, a chunk of that, and what is leaving.
+    waiting = 5 * stream if is_offloaded else 3 * stream + heads + result
     # A chunk's gate and up and the gradient of their product; the norm's result, its gradient and the stream's.
     wide = max((3 * size + rounding) * shape.intermediate, 2 * size * shape.intermediate + 2 * size * shape.hidden + stream)
     mlp = tokens * waiting + _chunk(work) * wide + _at_hand(work)

@@ -2,7 +2,7 @@
 
 A step is as slow as the slower of two: the GPU, which multiplies at a share of its datasheet's rate and beside that moves bytes
 (norms, gates, adapters: a number of times what a layer keeps; quantised weights once a pass; weights and states of the
-optimizer), and the host, which has to launch every kernel of every micro-batch.
+optimizer), and the host, which has to launch every kernel of every micro-batch, but for those that are recorded as graphs.
 """
 
 from core.plan.coefficients import STANDING, Coefficients, Gpu
@@ -63,6 +63,8 @@ def _moved_bytes(work: Work, coefficients: Coefficients) -> float:
 
 
 def _host_seconds(work: Work, coefficients: Coefficients) -> float:
+    if work.is_recorded:
+        return 0.0
     layer = coefficients.layer_seconds + coefficients.adapter_seconds * len(work.adapted)
     if work.tier == "fused":
         layer *= coefficients.fused_share

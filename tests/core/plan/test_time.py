@@ -45,6 +45,15 @@ def test_a_step_is_as_slow_as_the_slower_of_gpu_and_host() -> None:
     assert step_seconds(split, gpu, slow_host) == pytest.approx(8 * 32 * (1 + 7 * 0.5) + 0.25)
 
 
+def test_a_host_has_nothing_to_tell_where_layers_are_recorded() -> None:
+    slow_host = Coefficients(layer_seconds=1.0, adapter_seconds=0.0, fused_share=0.5, step_seconds=0.25)
+    fused: dict[str, Any] = {"fused_layers": True, "checkpointing": True}
+    apart = [fused, fused | {"checkpointing_offload": True}]
+    recorded, offloaded = (step_seconds(work(spec(**BIG, memory=memory), ROWS), GPUS["H100"], slow_host) for memory in apart)
+    assert recorded < 2
+    assert offloaded == pytest.approx(32 * 0.5 * 4 / 3 + 0.25)
+
+
 def test_products_of_8_bits_are_faster_and_all_else_is_not() -> None:
     plain, fp8 = (work(spec(**(BIG | {"quantization": {"kind": kind}})), ROWS) for kind in ("none", "fp8"))
     assert step_flops(plain) == step_flops(fp8)
