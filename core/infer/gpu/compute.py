@@ -20,6 +20,7 @@ from core.infer.gpu.layers import FusedModel, why_not
 from core.infer.gpu.slots import DeviceSlots, Group
 from core.infer.gpu.step import Courier, DeviceStep, StepAdapters, slots_of, tables_of
 from core.infer.lora import LoraSites, LoraWeights
+from core.infer.sampling import Drawing, Sampling, launch
 
 if TYPE_CHECKING:
     from core.infer.runner import Share
@@ -70,9 +71,10 @@ class DeviceCompute:
 
         for slot in (-1, 0):
             piece = Context([0] * (self._page + 1), None, [b""], [0, 0])
-            self._eager(
+            logits = self._eager(
                 [(piece, self._page), (Context([0], None, [b""], [0]), 1)], [slot, slot], np.zeros(1, np.int64), self._store
             )
+            launch(logits, [Drawing(Sampling(max_tokens=1), 0, (), (), ())])
             if self._graphs is not None:
                 self._graphs.capture_all(rows, has_adapters=slot >= 0)
 
