@@ -3,9 +3,10 @@
 A step that raises is taken apart: each of its requests is run by itself, and the one that raises there too is failed; the
 others go on from where they were, since a step that did not end has moved nothing. The same with the drawing of tokens.
 
-On a GPU readers are told of a token, which means decoding it and looking for stop strings, while the next step runs already; an
-answer that turns out to have ended then leaves what that step made of it. What ends by its number of tokens or by an id is
-told at once.
+On a GPU the lane runs a step ahead: the tokens of a step are read, and readers told, when the next one is launched, which takes
+them from the device (`ahead.py`). An answer that turns out to have ended then leaves, and what the step under way makes
+of it is dropped: its pages may be given to others at once, since what writes there next runs after that step. Tokens are
+read first where a request's next one can't be drawn without (penalties), and where one is the last by its number.
 """
 
 import logging
@@ -13,8 +14,9 @@ from collections.abc import Sequence
 
 import torch
 
+from core.infer import ahead
 from core.infer.runner import Runner, Share
-from core.infer.sampling import Drawn, draw
+from core.infer.sampling import Drawn, Draws, launch
 from core.infer.schedule import Scheduler
 from core.infer.ticket import Ticket
 
@@ -26,7 +28,7 @@ class Lane:
         """At most `running` requests at once and `tokens` tokens a step."""
         self._runner = runner
         self.schedule: Scheduler[Ticket] = Scheduler(runner, running=running, tokens=tokens)
-        self._untold: list[tuple[Ticket, Drawn]] = []
+        self._unread: tuple[Sequence[Ticket], Draws] | None = None
 
     def step(self) -> None:
         """One step of whoever has a turn. Raises nothing: what can't be laid at one request's door fails all that run."""
@@ -37,14 +39,16 @@ class Lane:
                 self._fail(ticket, error)
 
     def _step(self) -> None:
+        if not self._can_run_ahead():
+            self._read_all()
         taken = self.schedule.shares()
         if not taken:
-            self._tell_all()
+            self._read_all()
             return
         try:
             logits = self._runner.step([share for _, share in taken])
         except Exception as error:
-            self._tell_all()
+            self._read_all()
             taken = [entry for entry in taken if not entry[0].is_done]
             if len(taken) == 1:
                 self._fail(taken[0][0], error)
@@ -53,8 +57,7 @@ class Lane:
                 for ticket, share in taken:
                     self._alone(ticket, share)
             return
-        self._tell_all()
-        self._push([ticket for ticket, _ in taken], logits)
+        self._draw([ticket for ticket, _ in taken], logits)
 
     def _alone(self, ticket: Ticket, share: Share) -> None:
         try:
@@ -62,28 +65,59 @@ class Lane:
         except Exception as error:
             self._fail(ticket, error)
         else:
-            self._push([ticket], logits)
+            self._draw([ticket], logits)
+            self._read_all()
 
-    def _push(self, tickets: list[Ticket], logits: torch.Tensor) -> None:
+    def _can_run_ahead(self) -> bool:
+        if self._unread is None:
+            return True
+        tickets, _ = self._unread
+        is_taken_along = self._runner.is_asynchronous and len(tickets) <= ahead.MOST
+        return is_taken_along and all(ticket.can_go_on_unread or ticket.is_done for ticket in tickets)
+
+    def _draw(self, tickets: list[Ticket], logits: torch.Tensor) -> None:
+        """Launch the drawing of everyone's next token, and read those of the step before."""
         # A prompt that is not read to its end has no next token yet.
         ready = [number for number, ticket in enumerate(tickets) if not (ticket.context.left or ticket.is_done)]
-        if not ready:
-            return
         asked = [tickets[number] for number in ready]
-        for ticket, drawn in zip(asked, self._drawn(asked, logits if len(ready) == len(tickets) else logits[ready]), strict=True):
-            if isinstance(drawn, Exception):
-                self._fail(ticket, drawn)
-                continue
-            ticket.take(drawn)
-            if self._runner.is_asynchronous and not ticket.progress.is_last(drawn):
-                self._untold.append((ticket, drawn))
-            else:
-                self._tell(ticket, drawn)
+        rows = logits if len(ready) == len(tickets) else logits[ready]
+        draws = None
+        if asked:
+            try:
+                into = self._runner.drawn if len(asked) <= ahead.MOST else None
+                draws = launch(rows, [ticket.drawing() for ticket in asked], into)
+            except Exception as error:
+                logger.warning("drawing %d tokens failed (%s); they are drawn one by one", len(asked), error)
+        self._read_all()
+        if draws is not None:
+            for row, ticket in enumerate(asked):
+                ticket.context.take_mark(row)
+            self._unread = (asked, draws)
+            if not self._runner.is_asynchronous:
+                self._read_all()
+        else:
+            for row, ticket in enumerate(asked):
+                if not ticket.is_done:
+                    self._draw_alone(ticket, rows[row : row + 1])
 
-    def _tell_all(self) -> None:
-        untold, self._untold = self._untold, []
-        for ticket, drawn in untold:
+    def _draw_alone(self, ticket: Ticket, logits: torch.Tensor) -> None:
+        try:
+            (drawn,) = launch(logits, [ticket.drawing()]).read()
+        except Exception as error:
+            self._fail(ticket, error)
+        else:
+            ticket.context.take(drawn.token)
             self._tell(ticket, drawn)
+
+    def _read_all(self) -> None:
+        """Know what is drawn, and tell the readers."""
+        if self._unread is None:
+            return
+        (tickets, draws), self._unread = self._unread, None
+        for ticket, drawn in zip(tickets, draws.read(), strict=True):
+            ticket.context.know(drawn.token)
+            if not ticket.is_done:
+                self._tell(ticket, drawn)
 
     def _tell(self, ticket: Ticket, drawn: Drawn) -> None:
         try:
@@ -93,15 +127,6 @@ class Lane:
         else:
             if ticket.is_done:
                 self.schedule.leave(ticket)
-
-    def _drawn(self, tickets: list[Ticket], logits: torch.Tensor) -> Sequence[Drawn | Exception]:
-        drawings = [ticket.progress.drawing() for ticket in tickets]
-        try:
-            return draw(logits, drawings)
-        except Exception as error:
-            if len(tickets) == 1:
-                return [error]
-        return [self._drawn([ticket], logits[row : row + 1])[0] for row, ticket in enumerate(tickets)]
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         is_memory = isinstance(error, torch.OutOfMemoryError)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from core.infer.ahead import resolved
 from core.infer.attention import KeyValues, PagedStep, Span, paged_attention
 from core.infer.linear import OneDnnLinears
 from core.infer.lora import LoraSites, LoraWeights
@@ -20,8 +21,9 @@ class PlainCompute:
     slots = None
     is_asynchronous = False
 
-    def __init__(self, model: Any, store: KeyValues, *, page: int, make_bare: Callable[[], None]) -> None:
-        self._model, self._store, self._page = model, store, page
+    def __init__(self, model: Any, store: KeyValues, drawn: torch.Tensor, *, page: int, make_bare: Callable[[], None]) -> None:
+        """`drawn` is where marks point into (`ahead.py`)."""
+        self._model, self._store, self._drawn, self._page = model, store, drawn, page
         self._make_bare = make_bare
         self.sites = LoraSites(model)
         self._linears = OneDnnLinears(model)
@@ -60,7 +62,7 @@ class PlainCompute:
         self._make_bare()
         with paged_attention(self._model), self._linears.multiplying(), self.sites.running(segments):
             logits: torch.Tensor = self._model(
-                input_ids=torch.tensor([ids], device=device),
+                input_ids=resolved(torch.tensor([ids], device=device), self._drawn),
                 position_ids=torch.tensor([positions], device=device),
                 use_cache=False,
                 logits_to_keep=torch.from_numpy(wanted).to(device),

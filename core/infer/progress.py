@@ -46,14 +46,9 @@ class Progress:
         self._seed = sampling.resolved_seed()
         self._answer = Answer(tokenizer, sampling.stop, include_stop=sampling.include_stop, min_tokens=sampling.min_tokens)
 
-    def drawing(self) -> Drawing:
-        """What its next token is drawn with."""
-        return Drawing.at(self._sampling, self._seed, self._prompt_ids, self.generated, self._stop_ids)
-
-    def is_last(self, drawn: Drawn) -> bool:
-        """Whether the next token ends the answer, as far as that can be seen without its text."""
-        is_length = len(self.generated) + 1 == self._sampling.max_tokens
-        return is_length or drawn.token in self._ending_ids or not drawn.is_finite
+    def drawing(self, unknown: int = 0) -> Drawing:
+        """What its next token is drawn with, behind so many that are drawn and not read yet."""
+        return Drawing.at(self._sampling, self._seed, self._prompt_ids, self.generated, self._stop_ids, unknown)
 
     def push(self, drawn: Drawn) -> Iterator[Token | End]:
         """Its next token, and an End where that was the last. Raises GenerationFailed for logits that are no numbers."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from core.catalog import packed_reach
+from core.infer import ahead
 from core.infer.attention import KeyValues
 from core.infer.lora import LoraWeights, Residence
 from core.infer.pages import Pages, chain_key
@@ -40,11 +41,32 @@ class Context:
     computed: int = 0
     shared: int = 0
     """Tokens that another request's pages held when it began."""
+    unknown: int = 0
+    """1 where the last id is a mark (`ahead.py`), else 0."""
 
     @property
     def left(self) -> int:
         """Tokens that are yet to be computed; 1 while it is being answered."""
         return len(self.ids) - self.computed
+
+    @property
+    def known(self) -> int:
+        """Ids that are tokens."""
+        return len(self.ids) - self.unknown
+
+    def take(self, token: int) -> None:
+        """Its next token."""
+        self.ids.append(token)
+
+    def take_mark(self, row: int) -> None:
+        """Its next token was drawn in this row, and is not known yet."""
+        self.ids.append(ahead.mark(row))
+        self.unknown = 1
+
+    def know(self, token: int) -> None:
+        """What the mark stands for."""
+        self.ids[-1] = token
+        self.unknown = 0
 
 
 Share = tuple[Context, int]
@@ -71,9 +93,9 @@ class Runner:
             raise ValueError("packed steps can't express the model's attention")
         self.pages = Pages(kv_tokens // PAGE, PAGE)
         self._store = KeyValues(self.pages.count * PAGE)
-        self._compute = _compute(
-            model, self._store, self.reach, adapter_gib, make_bare, model.device.type == "cuda" if kernels is None else kernels
-        )
+        self.drawn = torch.zeros(ahead.MOST, dtype=torch.int32, device=model.device)
+        with_kernels = model.device.type == "cuda" if kernels is None else kernels
+        self._compute = _compute(model, self._store, self.drawn, self.reach, adapter_gib, make_bare, with_kernels)
         self.sites = self._compute.sites
         self.slots = self._compute.slots
 
@@ -105,7 +127,7 @@ class Runner:
         """Take up the pages that hold the beginning of its tokens already. The last token is always computed."""
         if context.weights is not None and self.slots is not None:
             self.slots.hold(context.weights)
-        while (context.computed + PAGE) < len(context.ids):
+        while (context.computed + PAGE) <= min(len(context.ids) - 1, context.known):
             key = chain_key(context.chain[-1], context.ids[context.computed : context.computed + PAGE])
             page = self.pages.find(key)
             if page is None:
@@ -147,20 +169,27 @@ class Runner:
         return self._compute.score((alone, len(ids)), KeyValues(len(pages) * PAGE))
 
     def _publish(self, context: Context) -> None:
-        while (done := (len(context.chain) - 1) * PAGE) + PAGE <= context.computed:
+        # A page whose tokens are not all known is published a step later.
+        while (done := (len(context.chain) - 1) * PAGE) + PAGE <= min(context.computed, context.known):
             key = chain_key(context.chain[-1], context.ids[done : done + PAGE])
             self.pages.publish(context.pages[done // PAGE], key)
             context.chain.append(key)
 
 
 def _compute(
-    model: Any, store: KeyValues, reach: int, adapter_gib: float, make_bare: Callable[[], None], with_kernels: bool
+    model: Any,
+    store: KeyValues,
+    drawn: torch.Tensor,
+    reach: int,
+    adapter_gib: float,
+    make_bare: Callable[[], None],
+    with_kernels: bool,
 ) -> "PlainCompute | DeviceCompute":
     if not with_kernels:
-        return PlainCompute(model, store, page=PAGE, make_bare=make_bare)
+        return PlainCompute(model, store, drawn, page=PAGE, make_bare=make_bare)
     from core.infer.gpu.compute import DeviceCompute  # Triton comes with torch for a GPU only
 
-    return DeviceCompute(model, store, page=PAGE, reach=reach, adapter_gib=adapter_gib, make_bare=make_bare)
+    return DeviceCompute(model, store, drawn, page=PAGE, reach=reach, adapter_gib=adapter_gib, make_bare=make_bare)
 
 
 def reach_of(model: Any) -> int:

@@ -5,7 +5,7 @@ their number or the device's load. Two things see to that. A row's chance is a h
 generator whose state others could move. And probabilities are whole numbers (`core/infer/weights.py`), whose sums are the
 same in whatever order a kernel adds them up.
 
-Nothing here waits for the device but the one copy at the end.
+Nothing here waits for the device before `Draws.read`.
 """
 
 import secrets
@@ -57,6 +57,11 @@ class Sampling:
     ignore_eos: bool = False  # the template's stop ids do not end it
     top_logprobs: int = 0
 
+    @property
+    def asks_back(self) -> bool:
+        """Whether a token's chances depend on which tokens came before, beyond the logits: the host must know them then."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
     def ending_ids(self, stop_ids: tuple[int, ...]) -> tuple[int, ...]:
         """Ids that end the answer; `stop_ids` are the template's."""
         return self.stop_token_ids if self.ignore_eos else (*stop_ids, *self.stop_token_ids)
@@ -68,7 +73,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One row of a step. `generated_ids` are all of the answer so far: their number is the position that is drawn.
+    """One row of a step. `generated_ids` are all of the answer so far, but for the last `unknown` ones, which are drawn and not
+    read yet; the number of both is the position that is drawn. With settings that ask back (`Sampling`) none may be unknown.
 
     Ids of `prompt_ids` and of the logit bias must lie in the vocabulary: on a GPU one outside takes the process along.
     """
@@ -78,14 +84,32 @@ class Drawing:
     prompt_ids: Sequence[int]
     generated_ids: Sequence[int]
     banned: tuple[int, ...]
+    unknown: int = 0
 
     @classmethod
     def at(
-        cls, sampling: Sampling, seed: int, prompt_ids: Sequence[int], generated_ids: Sequence[int], stop_ids: tuple[int, ...]
+        cls,
+        sampling: Sampling,
+        seed: int,
+        prompt_ids: Sequence[int],
+        generated_ids: Sequence[int],
+        stop_ids: tuple[int, ...],
+        unknown: int = 0,
     ) -> "Drawing":
         """The next token of an answer whose template ends with `stop_ids`: banned before there are `min_tokens`."""
-        banned = sampling.ending_ids(stop_ids) if len(generated_ids) < sampling.min_tokens else ()
-        return cls(sampling, seed, prompt_ids, generated_ids, banned)
+        banned = sampling.ending_ids(stop_ids) if len(generated_ids) + unknown < sampling.min_tokens else ()
+        return cls(sampling, seed, prompt_ids, generated_ids, banned, unknown)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it asks for no more than a temperature and min_p, which one kernel does on a GPU."""
+        one = self.sampling
+        is_edited = one.asks_back or one.logit_bias or self.banned
+        return not (is_edited or one.top_k or one.top_p < 1 or one.top_logprobs)
+
+    @property
+    def position(self) -> int:
+        return len(self.generated_ids) + self.unknown
 
 
 @dataclass(frozen=True)
@@ -106,16 +130,69 @@ def choice_seed(seed: int, choice: int) -> int:
     return seed if choice == 0 else _mixed(_mixed(seed % _WORD) ^ choice)
 
 
-@torch.inference_mode()
+class Draws:
+    """Tokens that are being drawn."""
+
+    def __init__(self, rows: Sequence[Drawing], count: int, told: torch.Tensor) -> None:
+        """`told` as `_told` makes it, with the ids of the `count` likeliest."""
+        self._rows, self._count = rows, count
+        self._ready: torch.cuda.Event | None = None
+        self._told = told
+        if told.device.type == "cuda":
+            self._told = torch.empty(told.shape, dtype=told.dtype, pin_memory=True)
+            self._told.copy_(told, non_blocking=True)
+            self._ready = torch.cuda.current_stream(told.device).record_event()
+
+    def read(self) -> list[Drawn]:
+        """Waits until they are drawn; what was launched since may still run."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return [_drawn(row, line, self._count) for row, line in zip(self._rows, self._told.tolist(), strict=True)]
+
+
 def draw(logits: torch.Tensor, rows: Sequence[Drawing]) -> list[Drawn]:
     """One token for each row of `logits` [N, V], on any device and of any float type; they are not changed."""
-    vocabulary = logits.shape[1]
-    count = min(vocabulary, max(row.sampling.top_logprobs for row in rows))
-    at_once = max(1, (_GPU_SCORES if logits.device.type == "cuda" else _CPU_SCORES) // vocabulary)
+    return launch(logits, rows).read()
+
+
+@torch.inference_mode()
+def launch(logits: torch.Tensor, rows: Sequence[Drawing], into: torch.Tensor | None = None) -> Draws:
+    """`draw` without waiting for the device. The tokens are put into the first N places of `into`, on the device, too."""
+    count = min(logits.shape[1], max(row.sampling.top_logprobs for row in rows))
+    plain = [number for number, row in enumerate(rows) if row.is_plain] if logits.device.type == "cuda" else []
+    if plain:
+        found = torch.empty(len(rows), 3 + 2 * count, dtype=torch.float64, device=logits.device)
+        told_by_kernel(logits, rows, plain, found)
+        others = [number for number, row in enumerate(rows) if not row.is_plain]
+        if others:
+            places = _placed(others, torch.int64, logits.device)
+            found[places] = _all_told(logits.index_select(0, places), [rows[number] for number in others], count)
+    else:
+        found = _all_told(logits, rows, count)
+    if into is not None:
+        into[: len(rows)].copy_(found[:, 0])
+    return Draws(rows, count, found)
+
+
+def told_by_kernel(logits: torch.Tensor, rows: Sequence[Drawing], plain: Sequence[int], found: torch.Tensor) -> None:
+    """The first three columns of `_told` in the rows `plain` of `found`, by one kernel."""
+    from core.infer.gpu.draw import draw_rows  # Triton comes with torch for a GPU only
+
+    settings = []
+    for number in plain:
+        sampling = rows[number].sampling
+        heat = max(sampling.temperature, 1e-30) if sampling.temperature > 0 else 0.0
+        settings.append((number, heat, sampling.min_p, _uniform(rows[number]) if heat else 0.0))
+    draw_rows(logits.contiguous(), _placed(settings, torch.float64, logits.device), found)
+
+
+def _all_told(logits: torch.Tensor, rows: Sequence[Drawing], count: int) -> torch.Tensor:
+    """`_told`, of so many rows at once that memory suffices."""
+    at_once = max(1, (_GPU_SCORES if logits.device.type == "cuda" else _CPU_SCORES) // logits.shape[1])
     told = [
         _told(logits[begin : begin + at_once], rows[begin : begin + at_once], count) for begin in range(0, len(rows), at_once)
     ]
-    return [_drawn(row, line, count) for row, line in zip(rows, torch.cat(told).tolist(), strict=True)]
+    return torch.cat(told) if len(told) > 1 else told[0]
 
 
 def _told(logits: torch.Tensor, rows: Sequence[Drawing], count: int) -> torch.Tensor:
@@ -212,7 +289,7 @@ def _placed(values: Sequence[object], dtype: torch.dtype, device: torch.device) 
 
 def _uniform(row: Drawing) -> float:
     """A number in [0, 1) that depends on seed and position alone: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    state = _mixed(row.seed % _WORD + _GOLDEN) + _GOLDEN * (1 + len(row.generated_ids))
+    state = _mixed(row.seed % _WORD + _GOLDEN) + _GOLDEN * (1 + row.position)
     return (_mixed(state) >> 11) * 2.0**-53
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from core.infer.pages import chain_root
 from core.infer.progress import End, Progress, Token
 from core.infer.runner import Context
-from core.infer.sampling import Drawn, GenerationFailed, Sampling
+from core.infer.sampling import Drawing, Drawn, GenerationFailed, Sampling
 from core.infer.servable import Servable
 
 logger = logging.getLogger(__name__)
@@ -68,12 +68,19 @@ class Ticket:
     def cancel(self) -> None:
         self.is_cancelled = True
 
-    def take(self, drawn: Drawn) -> None:
-        """Its next token, which steps go on from."""
-        self.context.ids.append(drawn.token)
+    @property
+    def can_go_on_unread(self) -> bool:
+        """Whether it may take part in a step before its last token is read: that is not the last of all, and the next one's
+        chances don't ask which it is."""
+        made = len(self.context.ids) - len(self.prompt_ids)
+        return made < self.sampling.max_tokens and not self.sampling.asks_back
+
+    def drawing(self) -> Drawing:
+        """What its next token is drawn with."""
+        return self.progress.drawing(self.context.unknown)
 
     def tell(self, drawn: Drawn) -> None:
-        """The token that was taken: tell the reader, and end where the answer ends."""
+        """The token that its context took: tell the reader, and end where the answer ends."""
         try:
             for item in self.progress.push(drawn):
                 self.deliver(item)

@@ -12,14 +12,16 @@ import torch
 
 pytest.importorskip("triton")
 
+from core.infer.ahead import mark, resolved
 from core.infer.gpu.attend import Paging, attend_last, attend_pieces, piece_tokens
-from core.infer.gpu.elementwise import gate, norm, turn
+from core.infer.gpu.elementwise import embed, gate, norm, turn
 from core.infer.gpu.low_rank import DECODE_ROWS, PROMPT_ROWS, expand, shrink
 from core.infer.gpu.pool import RANKS, Pool, SiteShape
 
 pytestmark = pytest.mark.gpu
 PAGE = 16
-WIDTHS = [16, 64, 80, 96, 128, 256]
+HEADS = [(64, 8), (80, 7), (128, 4), (256, 1)]
+"""(width, queries that share a key). Each is compiled anew; tests/gpu/test_serving_engine.py has other ones."""
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +63,7 @@ class Contexts:
         return torch.einsum("hs,shd->hd", scores.softmax(-1), values)
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("group", [1, 4, 7, 8])
+@pytest.mark.parametrize(("width", "group"), HEADS)
 def test_one_query_sees_its_own_pages(device: torch.device, dtype: torch.dtype, width: int, group: int) -> None:
     lengths, kv_heads = [1, 17, 300, 0, 64, 65, 0], 2
     contexts = Contexts(lengths, kv_heads, width, dtype, device)
@@ -77,8 +78,7 @@ def test_one_query_sees_its_own_pages(device: torch.device, dtype: torch.dtype, 
     torch.testing.assert_close(result.double(), expected, **allowed(dtype))
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("group", [1, 4, 7, 8])
+@pytest.mark.parametrize(("width", "group"), HEADS)
 def test_pieces_of_prompts_see_what_is_before_them(device: torch.device, dtype: torch.dtype, width: int, group: int) -> None:
     kv_heads, asked = 2, [(0, 0, 40), (1, 90, 7), (2, 0, 1), (3, 63, 2)]  # request, position, tokens
     contexts = Contexts([position + count for _, position, count in asked], kv_heads, width, dtype, device)
@@ -97,13 +97,13 @@ def test_pieces_of_prompts_see_what_is_before_them(device: torch.device, dtype: 
     torch.testing.assert_close(result.double(), expected, **allowed(dtype))
 
 
-@pytest.mark.parametrize("outputs", [(96,), (64, 32, 32), (300, 300)])
+@pytest.mark.parametrize("outputs", [(64, 32, 32), (8200, 300)])
 @pytest.mark.parametrize("rows", [DECODE_ROWS, PROMPT_ROWS])
 @pytest.mark.parametrize("gains", [False, True])
 def test_each_row_gets_its_own_adapter(
     device: torch.device, dtype: torch.dtype, outputs: tuple[int, ...], rows: int, gains: bool
 ) -> None:
-    inputs, total = 700, sum(outputs)
+    inputs, total = 2500, sum(outputs)
     generator = torch.Generator().manual_seed(0)
     site = SiteShape(1, inputs, outputs, 64, 64 + len(outputs) * RANKS * inputs, 32)
     memory = torch.randn(7, site.up_at + total * RANKS, generator=generator).mul(0.1).to(device, dtype)
@@ -132,8 +132,7 @@ def test_each_row_gets_its_own_adapter(
     torch.testing.assert_close(y.double(), expected, **allowed(dtype))
 
 
-@pytest.mark.parametrize("size", [48, 2048, 4096])
-@pytest.mark.parametrize("plus", ["nothing", "plus", "normed"])
+@pytest.mark.parametrize(("size", "plus"), [(48, "nothing"), (48, "normed"), (2048, "normed"), (4096, "plus")])
 def test_the_norm_adds_what_came_before(device: torch.device, dtype: torch.dtype, size: int, plus: str) -> None:
     generator = torch.Generator().manual_seed(0)
     stream, more = (torch.randn(5, size, generator=generator).to(device, dtype) for _ in range(2))
@@ -150,9 +149,10 @@ def test_the_norm_adds_what_came_before(device: torch.device, dtype: torch.dtype
     torch.testing.assert_close(found.double(), plain(total, scale), **allowed(dtype))
 
 
-@pytest.mark.parametrize(("width", "turned"), [(16, 16), (80, 80), (128, 64), (128, 128)])
-@pytest.mark.parametrize("is_paired", [False, True])
-@pytest.mark.parametrize("is_normed", [False, True])
+@pytest.mark.parametrize(
+    ("width", "turned", "is_paired", "is_normed"),
+    [(80, 80, False, False), (128, 64, True, False), (128, 64, True, True), (128, 128, False, True)],
+)
 def test_heads_are_turned_and_written(
     device: torch.device, dtype: torch.dtype, width: int, turned: int, is_paired: bool, is_normed: bool
 ) -> None:
@@ -191,3 +191,11 @@ def test_the_gate(device: torch.device, dtype: torch.dtype) -> None:
     both = torch.randn(5, 2 * 1500, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     opened, up = both.double().chunk(2, -1)
     torch.testing.assert_close(gate(both).double(), torch.nn.functional.silu(opened) * up, **allowed(dtype))
+
+
+def test_rows_of_the_embedding_and_marks_of_drawn_tokens(device: torch.device, dtype: torch.dtype) -> None:
+    table = torch.randn(50, 1500, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    ids = torch.tensor([3, mark(2), 49, mark(0)], dtype=torch.int32, device=device)
+    drawn = torch.tensor([7, 8, 9], dtype=torch.int32, device=device)
+    torch.testing.assert_close(embed(ids, drawn, table), table[[3, 9, 49, 7]], rtol=0, atol=0)
+    assert resolved(ids, drawn).tolist() == [3, 9, 49, 7]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from core.infer.ahead import resolved
 from core.infer.attention import KeyValues, paged_attention
 from core.infer.gpu.attend import piece_tokens
 from core.infer.gpu.graphs import DecodeGraphs
@@ -19,6 +20,7 @@ from core.infer.gpu.layers import FusedModel, why_not
 from core.infer.gpu.slots import DeviceSlots, Group
 from core.infer.gpu.step import Courier, DeviceStep, StepAdapters, slots_of, tables_of
 from core.infer.lora import LoraSites, LoraWeights
+from core.infer.sampling import Drawing, Sampling, launch
 
 if TYPE_CHECKING:
     from core.infer.runner import Share
@@ -30,9 +32,18 @@ class DeviceCompute:
     """`form` says how this base is computed."""
 
     def __init__(
-        self, model: Any, store: KeyValues, *, page: int, reach: int, adapter_gib: float, make_bare: Callable[[], None]
+        self,
+        model: Any,
+        store: KeyValues,
+        drawn: torch.Tensor,
+        *,
+        page: int,
+        reach: int,
+        adapter_gib: float,
+        make_bare: Callable[[], None],
     ) -> None:
-        self._model, self._store, self._page = model, store, page
+        """`drawn` is where marks point into (`ahead.py`)."""
+        self._model, self._store, self._drawn, self._page = model, store, drawn, page
         self._make_bare = make_bare
         config = model.config
         heads = config.num_attention_heads
@@ -45,7 +56,7 @@ class DeviceCompute:
         self._courier = Courier(model.device)
         self._graphs: DecodeGraphs | None = None
         if self._fused is not None and model.device.type == "cuda":
-            self._graphs = DecodeGraphs(self._fused, store, self.slots, self._courier, page=page)
+            self._graphs = DecodeGraphs(self._fused, store, drawn, self.slots, self._courier, page=page)
         self.is_asynchronous = True
         how = "own layers, graphs of steps" if reason is None else f"transformers' own layers without graphs: {reason}"
         self.form = f"{config.model_type} on {model.device}: {how}"
@@ -60,9 +71,10 @@ class DeviceCompute:
 
         for slot in (-1, 0):
             piece = Context([0] * (self._page + 1), None, [b""], [0, 0])
-            self._eager(
+            logits = self._eager(
                 [(piece, self._page), (Context([0], None, [b""], [0]), 1)], [slot, slot], np.zeros(1, np.int64), self._store
             )
+            launch(logits, [Drawing(Sampling(max_tokens=1), 0, (), (), ())])
             if self._graphs is not None:
                 self._graphs.capture_all(rows, has_adapters=slot >= 0)
 
@@ -97,7 +109,7 @@ class DeviceCompute:
             traces = None if alone is None else self.sites.traces
             layout, groups = self.slots.layout, sections[7].view(-1, 3)
             adapters = StepAdapters(pool, layout.sites, layout.places, groups, tables.group_rows, traces=traces)
-        step = DeviceStep(sections, store, page=self._page, adapters=adapters)
+        step = DeviceStep(sections, store, self._drawn, page=self._page, adapters=adapters)
         rows = torch.from_numpy(wanted)
         rows = (rows.pin_memory() if self._model.device.type == "cuda" else rows).to(self._model.device, non_blocking=True)
         if self._fused is not None:
@@ -105,7 +117,7 @@ class DeviceCompute:
         self._make_bare()
         with paged_attention(self._model), self.sites.running((), adapters):
             logits: torch.Tensor = self._model(
-                input_ids=step.ids.long()[None],
+                input_ids=resolved(step.ids, self._drawn)[None],
                 position_ids=step.positions.long()[None],
                 use_cache=False,
                 logits_to_keep=rows,

@@ -10,6 +10,28 @@ import triton.language as tl
 
 
 @triton.jit
+def _embed(ids, drawn, table, out, size: tl.constexpr, block: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(ids + row)
+    if token < 0:
+        token = tl.load(drawn - 1 - token)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    is_there = column < size
+    found = tl.load(table + token.to(tl.int64) * size + column, mask=is_there)
+    tl.store(out + row * size + column, found, mask=is_there)
+
+
+def embed(ids: torch.Tensor, drawn: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rows of `table` [V, H], contiguous: those of int32 `ids` [T], or of the tokens in int32 `drawn` that marks among them stand
+    for (`core/infer/ahead.py`). Returns [T, H]."""
+    size = table.shape[1]
+    out = table.new_empty(len(ids), size)
+    block = 1024
+    _embed[(len(ids), triton.cdiv(size, block))](ids, drawn, table, out, size=size, block=block)
+    return out
+
+
+@triton.jit
 def _norm(
     stream, plus, after, scale, out, epsilon,
     size: tl.constexpr, columns: tl.constexpr, has_plus: tl.constexpr, has_after: tl.constexpr,

@@ -25,8 +25,11 @@ _Key = tuple[int, bool, bool]
 
 
 class DecodeGraphs:
-    def __init__(self, fused: FusedModel, store: KeyValues, slots: DeviceSlots, courier: Courier, *, page: int) -> None:
-        self._fused, self._store, self._slots, self._courier, self._page = fused, store, slots, courier, page
+    def __init__(
+        self, fused: FusedModel, store: KeyValues, drawn: torch.Tensor, slots: DeviceSlots, courier: Courier, *, page: int
+    ) -> None:
+        self._fused, self._store, self._drawn, self._slots, self._courier = fused, store, drawn, slots, courier
+        self._page = page
         self._graphs: dict[_Key, Any] = {}
         self._tables = torch.empty(0, dtype=torch.int32)
         self._logits = torch.empty(0)
@@ -70,7 +73,7 @@ class DecodeGraphs:
         if len(tables.groups):
             layout, groups = self._slots.layout, sections[7].view(-1, 3)
             adapters = StepAdapters(self._slots.pool, layout.sites, layout.places, groups, tables.group_rows, side=self._side)
-        step = DeviceStep(sections, self._store, page=self._page, adapters=adapters)
+        step = DeviceStep(sections, self._store, self._drawn, page=self._page, adapters=adapters)
         out = self._logits[: len(tables.ids)]
         own = torch.cuda.current_stream()
         self._stream.wait_stream(own)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import linear
 
-from core.infer.gpu.elementwise import gate, norm, turn
+from core.infer.gpu.elementwise import embed, gate, norm, turn
 from core.infer.gpu.step import DeviceStep
 from core.models.families import FAMILIES, projections_of, why_not_fused
 from core.models.joined import Dense, why_not_one
@@ -99,7 +99,7 @@ class FusedModel:
 
     def hidden(self, step: DeviceStep) -> torch.Tensor:
         """[T, H]: what the head is asked about each token."""
-        stream, plus, after = embedding(step.ids, self._embedding), None, None
+        stream, plus, after = embed(step.ids, step.drawn, self._embedding), None, None
         for layer in self._layers:
             x = norm(stream, plus, layer.first_scale, self._epsilon, after)
             mixed = layer.mixed.multiply(x, step)

@@ -220,11 +220,20 @@ class StepAdapters:
 class DeviceStep:
     """A step on the GPU: what layers ask of it."""
 
-    def __init__(self, sections: Sequence[torch.Tensor], store: KeyValues, *, page: int, adapters: StepAdapters | None) -> None:
+    def __init__(
+        self,
+        sections: Sequence[torch.Tensor],
+        store: KeyValues,
+        drawn: torch.Tensor,
+        *,
+        page: int,
+        adapters: StepAdapters | None,
+    ) -> None:
+        """`ids` may hold marks into `drawn` (`ahead.py`)."""
         self.ids, self.positions, self.written, self._rows, lengths, starts, pieces, _, pages = sections
         self._pieces = pieces.view(-1, 4)
         self._paging = Paging(pages, starts, lengths, page)
-        self.store = store
+        self.store, self.drawn = store, drawn
         self.adapters = adapters
 
     def attend(self, result: torch.Tensor, query: torch.Tensor, layer: int, scale: float) -> None:

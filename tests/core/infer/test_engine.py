@@ -18,7 +18,7 @@ from core.infer.engine import Engine, QueueFull
 from core.infer.generate import generate
 from core.infer.progress import End, Token
 from core.infer.runner import PAGE
-from core.infer.sampling import Sampling
+from core.infer.sampling import Draws, Sampling
 from core.infer.schedule import Scheduler
 from core.infer.servable import Servable
 from core.infer.ticket import Failed, Item
@@ -73,16 +73,27 @@ class Bench:
         return list(generate(self._reference.model, prompt_ids, sampling, servable.tokenizer, servable.stop_ids))
 
 
-@pytest.fixture
-def bench(tiny_model: Path, load_tiny: Callable[..., LoadedBase], lora_folder: Callable[[int], Path]) -> Bench:
-    return Bench(AdaptedBase(load_tiny()), AdaptedBase(load_tiny()), tiny_model, [lora_folder(1), lora_folder(2)])
+@pytest.fixture(params=[False, True], ids=["", "a step ahead"])
+def is_ahead(request: pytest.FixtureRequest) -> bool:
+    """Whether the lane runs a step ahead of what it has read, as on a GPU."""
+    return bool(request.param)
 
 
 @pytest.fixture
-def small(tiny_model: Path, load_tiny: Callable[..., LoadedBase], lora_folder: Callable[[int], Path]) -> Bench:
+def bench(tiny_model: Path, load_tiny: Callable[..., LoadedBase], lora_folder: Callable[[int], Path], is_ahead: bool) -> Bench:
+    host = AdaptedBase(load_tiny())
+    assert host.runner is not None
+    host.runner._compute.is_asynchronous = is_ahead
+    return Bench(host, AdaptedBase(load_tiny()), tiny_model, [lora_folder(1), lora_folder(2)])
+
+
+@pytest.fixture
+def small(tiny_model: Path, load_tiny: Callable[..., LoadedBase], lora_folder: Callable[[int], Path], is_ahead: bool) -> Bench:
     """Room for 512 tokens: one request of the whole context."""
     kv_gib = 512 * 2 * 2 * 2 * 16 * 4 / 2**30  # layers, keys and values, heads, width, fp32
     host = AdaptedBase(load_tiny(), kv_gib=kv_gib)
+    assert host.runner is not None
+    host.runner._compute.is_asynchronous = is_ahead
     bench = Bench(host, AdaptedBase(load_tiny()), tiny_model, [lora_folder(1), lora_folder(2)])
     assert bench.pages.count * PAGE == 512
     return bench
@@ -172,10 +183,8 @@ def test_answers_step_back_and_are_taken_up_where_memory_is_short(small: Bench, 
     assert [ticket.cached_tokens for ticket in tickets] == [0] * 6, "pages found again are their own"
 
 
-def test_readers_who_are_told_while_the_next_step_runs_hear_the_same(small: Bench, start: Callable[..., Engine]) -> None:
-    """As on a GPU: stop strings are found a step late, while memory is short and answers step back."""
-    assert small.servables[0].host.runner is not None
-    small.servables[0].host.runner._compute.is_asynchronous = True
+def test_answers_end_where_the_reference_ends_them_while_memory_is_short(small: Bench, start: Callable[..., Engine]) -> None:
+    """A step ahead, stop strings and ids are found when the next step runs already, and answers step back meanwhile."""
     requests = []
     for number in range(9):
         ids, plain = prompt(number, 60), Sampling(max_tokens=150, ignore_eos=True)
@@ -196,6 +205,27 @@ def test_readers_who_are_told_while_the_next_step_runs_hear_the_same(small: Benc
     engine.call(lambda: None)
     assert small.pages.available == small.pages.count
     assert engine.load == 0
+
+
+@pytest.mark.parametrize("asks_back", [False, True])
+def test_a_step_is_launched_before_the_tokens_of_the_last_are_read(
+    asks_back: bool, is_ahead: bool, bench: Bench, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the host need not know them: a penalty asks which tokens came."""
+    runner, order = bench.host.runner, []
+    assert runner is not None
+    step, read = runner.step, Draws.read
+    monkeypatch.setattr(runner, "step", lambda shares: (order.append("step"), step(shares))[1])
+    monkeypatch.setattr(Draws, "read", lambda draws: (order.append("read"), read(draws))[1])
+    penalty = 1.5 if asks_back else 1.0
+    sampling = Sampling(max_tokens=6, ignore_eos=True, temperature=0.7, seed=3, repetition_penalty=penalty, min_tokens=3)
+    asked, engine = Asked(), start()
+    engine.submit(bench.servables[1], prompt(0, 20), sampling, asked)
+    asked.wait()
+    is_unread = is_ahead and not asks_back
+    assert order == (["step", *["step", "read"] * 5, "read"] if is_unread else ["step", "read"] * 6)
+    monkeypatch.undo()
+    assert asked.ids == [item.id for item in bench.expected(1, prompt(0, 20), sampling) if isinstance(item, Token)]
 
 
 def test_an_adapter_on_its_way_holds_up_nobody_else(
@@ -284,16 +314,16 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(
     bench: Bench, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start()
-    usual = lane.draw
+    usual = lane.launch
 
-    def spoilt(logits: torch.Tensor, rows: Any) -> Any:
+    def spoilt(logits: torch.Tensor, rows: Any, into: torch.Tensor | None = None) -> Any:
         logits = logits.clone()
         for number, row in enumerate(rows):
             if len(row.prompt_ids) == 7:
                 logits[number] = float("nan")
-        return usual(logits, rows)
+        return usual(logits, rows, into)
 
-    monkeypatch.setattr(lane, "draw", spoilt)
+    monkeypatch.setattr(lane, "launch", spoilt)
     bad, good, sampling = Asked(), Asked(), Sampling(max_tokens=12, ignore_eos=True)
     engine.call(
         lambda: [
@@ -328,12 +358,12 @@ def test_a_fault_behind_the_step_fails_its_request_alone(
     place: str, bench: Bench, start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start()
-    usual = lane.draw
+    usual = lane.launch
 
-    def faulty(logits: torch.Tensor, rows: Any) -> Any:
+    def faulty(logits: torch.Tensor, rows: Any, into: torch.Tensor | None = None) -> Any:
         if any(len(row.prompt_ids) == 7 for row in rows):
             raise RuntimeError("injected")
-        return usual(logits, rows)
+        return usual(logits, rows, into)
 
     bad, good, sampling = Asked(), Asked(), Sampling(max_tokens=12, ignore_eos=True)
 
@@ -344,7 +374,7 @@ def test_a_fault_behind_the_step_fails_its_request_alone(
             monkeypatch.delattr(ticket.progress, "_answer")
 
     if place == "drawing":
-        monkeypatch.setattr(lane, "draw", faulty)
+        monkeypatch.setattr(lane, "launch", faulty)
     engine.call(submit)
     assert bad.wait() == Failed("the engine failed on this request")
     assert isinstance(good.wait(), End)
