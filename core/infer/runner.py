@@ -140,11 +140,16 @@ class Runner:
             self._publish(context)
         return logits
 
-    def score(self, ids: list[int], weights: LoraWeights | None) -> torch.Tensor:
-        """Logits [len(ids), V] behind every token of a sequence; it takes no room of running requests."""
-        pages = list(range(self.pages.needed(len(ids))))
-        alone = Context(ids, weights, [b""], pages)
-        return self._compute.score((alone, len(ids)), KeyValues(len(pages) * PAGE))
+    def score(self, sequences: Sequence[list[int]], weights: LoraWeights | None) -> list[torch.Tensor]:
+        """Logits [tokens, V] behind every token of each sequence, by one step of its own that takes no room of running requests."""
+        shares: list[Share] = []
+        used = 0
+        for ids in sequences:
+            needed = self.pages.needed(len(ids))
+            shares.append((Context(ids, weights, [b""], list(range(used, used + needed))), len(ids)))
+            used += needed
+        logits = self._compute.score(shares, KeyValues(used * PAGE))
+        return list(logits.split([len(ids) for ids in sequences]))
 
     def _publish(self, context: Context) -> None:
         while (done := (len(context.chain) - 1) * PAGE) + PAGE <= context.computed:

@@ -75,10 +75,11 @@ class DeviceCompute:
         return self._eager(shares, slots, wanted, self._store)
 
     @torch.inference_mode()
-    def score(self, share: "Share", store: KeyValues) -> torch.Tensor:
-        """Logits [T, V] behind every token of a sequence whose pages are of `store`; no slot is taken for its adapter."""
-        weights = share[0].weights
-        return self._eager([share], [-1 if weights is None else 0], np.arange(share[1]), store, alone=weights)
+    def score(self, shares: "Sequence[Share]", store: KeyValues) -> torch.Tensor:
+        """Logits [T, V] behind every token of sequences whose pages are of `store`; no slot is taken for their one adapter."""
+        weights = shares[0][0].weights
+        slots = [-1 if weights is None else 0] * len(shares)
+        return self._eager(shares, slots, np.arange(sum(count for _, count in shares)), store, alone=weights)
 
     def _eager(
         self,
