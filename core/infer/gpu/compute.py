@@ -30,7 +30,15 @@ class DeviceCompute:
     """`form` says how this base is computed."""
 
     def __init__(
-        self, model: Any, store: KeyValues, *, page: int, reach: int, adapter_gib: float, make_bare: Callable[[], None]
+        self,
+        model: Any,
+        store: KeyValues,
+        *,
+        page: int,
+        reach: int,
+        adapter_gib: float,
+        host_gib: float,
+        make_bare: Callable[[], None],
     ) -> None:
         self._model, self._store, self._page = model, store, page
         self._make_bare = make_bare
@@ -40,7 +48,7 @@ class DeviceCompute:
         reason = why_not(model)
         self._fused = FusedModel(model, reach) if reason is None else None
         groups: Sequence[Group] = self._fused.groups if self._fused is not None else _groups(model)
-        self.slots = DeviceSlots(groups, model.device, model.dtype, gib=adapter_gib)
+        self.slots = DeviceSlots(groups, model.device, model.dtype, gib=adapter_gib, host_gib=host_gib)
         self.sites = LoraSites(model, self.slots)
         self._courier = Courier(model.device)
         self._graphs: DecodeGraphs | None = None
