@@ -8,11 +8,11 @@ adapters' speed over the bare base's, wave by wave in turns, with 32 clients. `8
 side counts, and the spread is that of the pairs. `cold-adapter` is from reading an adapter's folder (in the page cache) to its
 first token, over the same for one in memory. `http` streams the 8-adapter wave out of a running endpoint, by a client in another
 process, over the same engine asked directly. `ready` is from the start of the endpoint's process to a token over HTTP.
+`train-to-serve` is from a training's end to its adapter's first token in a whole service (benchmarks/train_to_serve.py).
 
 Models are loaded once for all their cases. `--profile` prints the kernels of a wave's decode steps, their launches and how long
 the GPU has nothing to do. `--baseline` puts plain transformers and peft beside each wave, `--loop closed` or
-`open` with `--rate` the times to first token and between tokens. `train-to-serve` is not here yet: it needs a job's end and the
-parity check in one clock; benchmarks/walk.py has `ended_to_routable_seconds` of a whole service meanwhile.
+`open` with `--rate` the times to first token and between tokens.
 """
 
 import argparse
@@ -49,7 +49,7 @@ TARGETS: dict[str, tuple[str, float, float]] = {
     "cpu-135m/8-clients": ("times_one_by_one", 4, 6),
 }
 """Case -> (metric, must, aim), on one H100 80GB but for the last."""
-CASES = [name for name in TARGETS if name != "8b/train-to-serve"]
+CASES = list(TARGETS)
 RETENTION_CLIENTS = 32
 COLD_TRIES = 9
 
@@ -289,16 +289,17 @@ def _measures(
     results: Results, folder: Path, work: Path, arguments: argparse.Namespace, cases: list[str]
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """Those of the engine first, in one; each of the others has the device to itself."""
-    of_endpoint = [case for case in cases if case.endswith(("/http", "/ready"))]
+    of_endpoint = [case for case in cases if case.endswith(("/http", "/ready", "/train-to-serve"))]
     of_engine = [case for case in cases if case not in of_endpoint]
     if of_engine:
         with _opened(Cases(results, folder, work, arguments)) as engine:
             for case in of_engine:
                 yield case, lambda case=case: engine.measure(case)  # type: ignore[misc]
     for case in of_endpoint:
-        from benchmarks import endpoint
+        from benchmarks.endpoint import http, ready
+        from benchmarks.train_to_serve import train_to_serve
 
-        measure = endpoint.http if case.endswith("/http") else endpoint.ready
+        measure = {"http": http, "ready": ready, "train-to-serve": train_to_serve}[case.split("/", 1)[1]]
         yield case, lambda case=case, measure=measure: measure(results, case, folder, work, arguments)  # type: ignore[misc]
 
 

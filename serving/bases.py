@@ -31,10 +31,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Room:
-    """What a base may take of the GPU: GiB for keys and values and for adapters, requests at once."""
+    """What a base may take: GiB of the GPU for keys and values and for adapters, of pinned memory for adapters; requests at
+    once."""
 
     kv_gib: float
     adapter_gib: float
+    host_gib: float
     running: int
 
 
@@ -90,7 +92,7 @@ def load_wanted(wanted: WantedBase, models_folder: Path, device: torch.device, *
         device=device,
         allow_remote_code=wanted.model.allow_remote_code,
     )
-    host = AdaptedBase(loaded, kv_gib=room.kv_gib, adapter_gib=room.adapter_gib)
+    host = AdaptedBase(loaded, kv_gib=room.kv_gib, adapter_gib=room.adapter_gib, host_gib=room.host_gib)
     if host.runner is not None:
         logger.info("%s: %s", wanted.word, host.runner.form)
         host.runner.warm_up(room.running)

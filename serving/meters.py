@@ -23,11 +23,13 @@ _BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5
 
 
 class Residency(Protocol):
-    """An adapter that is copied to a GPU when it is asked."""
+    """An adapter that is copied to a GPU when it is asked, from host memory or, where it had to leave that, from its files."""
 
     is_resident: bool
     loads: int
     evictions: int
+    host_loads: int
+    host_evictions: int
 
 
 class Meters:
@@ -52,15 +54,16 @@ class Meters:
         )
         self._waiting_gauge = Gauge("strop_serving_waiting", "Choices without a first token yet.", _LABELS, registry=registry)
         self._running_gauge = Gauge("strop_serving_running", "Choices being generated.", _LABELS, registry=registry)
-        self._resident_gauge = Gauge(
-            "strop_serving_adapter_resident", "1 where the adapter lies on the GPU now.", _LABELS, registry=registry
-        )
-        self._loads_gauge = Gauge(
-            "strop_serving_adapter_loads", "Times it was copied to the GPU since it was deployed.", _LABELS, registry=registry
-        )
-        self._evictions_gauge = Gauge(
-            "strop_serving_adapter_evictions", "Times it had to leave the GPU for another.", _LABELS, registry=registry
-        )
+        self._adapter_gauges = {
+            what: Gauge(f"strop_serving_adapter_{name}", said, _LABELS, registry=registry)
+            for what, name, said in (
+                ("is_resident", "resident", "1 where the adapter lies on the GPU now."),
+                ("loads", "loads", "Times it was copied to the GPU since it was deployed."),
+                ("evictions", "evictions", "Times it had to leave the GPU for another."),
+                ("host_loads", "host_loads", "Times it was read from its files since it was deployed."),
+                ("host_evictions", "host_evictions", "Times it had to leave host memory for another."),
+            )
+        }
         self.waiting: Tally[ModelLabel] = Tally()
         self.running: Tally[ModelLabel] = Tally()
         self._outcomes: set[tuple[str, str, str]] = set()
@@ -72,12 +75,11 @@ class Meters:
 
     def adapters(self, staged: Iterable[tuple[ModelLabel, Residency]]) -> None:
         """What is known of the adapters that are served now and live in slots of a GPU; of others nothing is told."""
-        for gauge in (self._resident_gauge, self._loads_gauge, self._evictions_gauge):
+        for gauge in self._adapter_gauges.values():
             gauge.clear()
         for label, one in staged:
-            self._resident_gauge.labels(*label).set(one.is_resident)
-            self._loads_gauge.labels(*label).set(one.loads)
-            self._evictions_gauge.labels(*label).set(one.evictions)
+            for what, gauge in self._adapter_gauges.items():
+                gauge.labels(*label).set(getattr(one, what))
 
     def render(self, served: Iterable[ModelLabel]) -> bytes:
         """The exposition text; what is not of `served` and has nothing under way is forgotten."""

@@ -10,6 +10,7 @@ arrives in the answers is what the logits show.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Literal
@@ -34,9 +35,9 @@ def reproduce(
     servable: Servable,
     base: AdaptedBase,
     engine: Engine,
-    checks: list[Check],
+    add: Callable[[Check], None],
 ) -> None:
-    """Append the checks that pass; raise Refused for the one that doesn't. Model work runs on the engine's thread."""
+    """`add` the checks that pass; raise Refused for the one that doesn't. Model work runs on the engine's thread."""
     vocabulary, base_vocabulary = (host.model.config.vocab_size for host in (servable.host, base))
     for probe in record.probes:
         # On a GPU an index out of range would take the whole process's context down, not just this check.
@@ -44,7 +45,7 @@ def reproduce(
             raise unusable(f"a probe holds ids outside the vocabulary of {vocabulary}")
     limits = allowed(facts.base, record.device, servable.host.model.device.type)
     if isinstance(record, ParityRecord):
-        checks.append(_same_ids(facts, record, servable))
+        add(_same_ids(facts, record, servable))
     # Of tokens that are new in a full model its base knows nothing.
     known = [number for number, probe in enumerate(record.probes) if max(probe.token_ids) < base_vocabulary]
     bare = dict(zip(known, _run(engine, _Measured(base), [record.probes[number] for number in known]), strict=True))
@@ -56,14 +57,14 @@ def reproduce(
 
     def of_modules(traces: dict[str, Trace]) -> None:
         if isinstance(record, ParityRecord):
-            checks.append(_same_modules(record, servable, traces, limits))
+            add(_same_modules(record, servable, traces, limits))
 
     if isinstance(record, ParityRecord):
         same_base(record, bare)
     here = _run(engine, _Measured(servable.host, servable.weights, servable.adapter), record.probes, of_modules)
-    checks.append(same_answers(record, facts.base.compute_dtype, here, bare, limits))
+    add(same_answers(record, facts.base.compute_dtype, here, bare, limits))
     if bare:
-        checks.append(same_effect(record, here, bare, limits))
+        add(same_effect(record, here, bare, limits))
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,12 @@ class _Measured:
 
     def measure(self, batch: Sequence[Known], *, is_traced: bool) -> tuple[list[Said], dict[str, Trace]]:
         """By the path that answers requests."""
-        if self.host.runner is not None and self.adapter is None:
-            with self.host.runner.sites.tracing() as traces:
-                said = [said_of(self.host.runner.score(ids, self.weights), ids, start) for ids, start in batch]
-            return said, traces if is_traced else {}
+        runner = self.host.runner
+        if runner is not None and self.adapter is None:
+            # Reading what each module adds is dearer than running it: of the traced batch only.
+            with runner.sites.tracing() if is_traced else nullcontext({}) as traces:
+                logits = runner.score([ids for ids, _ in batch], self.weights)
+            return [said_of(rows, ids, start) for rows, (ids, start) in zip(logits, batch, strict=True)], traces
         self.host.activate(self.adapter)
         return measure(self.host.model, batch, self.adapter if is_traced else None)
 

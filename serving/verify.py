@@ -5,8 +5,9 @@ template, then the proof, in `parity.py`: what the training process measured is 
 last one made, and what was loaded is taken out again.
 """
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,11 +27,18 @@ from store.deployments import Check
 
 @dataclass
 class Verdict:
-    """The checks made, and what may be served if all passed. `unload` frees its memory, on the engine's thread."""
+    """The checks made, and what may be served if all passed."""
 
     checks: list[Check] = field(default_factory=list)
     servable: Servable | None = None
     facts: AdapterFacts | None = None
+    _since: float = field(default_factory=time.perf_counter)
+
+    def add(self, check: Check) -> None:
+        """The next check, with the seconds since the one before."""
+        now = time.perf_counter()
+        self.checks.append(replace(check, numbers={**check.numbers, "seconds": round(now - self._since, 4)}))
+        self._since = now
 
     @property
     def reason(self) -> str:
@@ -57,13 +65,13 @@ def bring_up(
         servable = _load(folder, sha256, adapter, facts, base, engine, device, verdict)
         try:
             _template(facts, servable, verdict)
-            reproduce(facts, record, servable, base, engine, verdict.checks)
+            reproduce(facts, record, servable, base, engine, verdict.add)
         except BaseException:
             engine.call(lambda: release(servable))
             raise
         verdict.servable = servable
     except Refused as refused:
-        verdict.checks.append(refused.check)
+        verdict.add(refused.check)
     return verdict
 
 
@@ -82,7 +90,7 @@ def _manifest(folder: Path, sha256: str, verdict: Verdict) -> AdapterFacts:
             raise ArtifactError(f"the folder's digest is {folder_digest(folder)}, and the record says {sha256}")
     except (ArtifactError, ValidationError) as error:
         raise Refused("manifest", {"reason": str(error)}) from None
-    verdict.checks.append(Check("manifest", True, {"bytes": folder_bytes(folder)}))
+    verdict.add(Check("manifest", True, {"bytes": folder_bytes(folder)}))
     return facts
 
 
@@ -91,7 +99,7 @@ def _base(facts: AdapterFacts, bases: Sequence[AdaptedBase], verdict: Verdict) -
     numbers = {"trained_on": _shown(facts.base), "served": [_shown(identity) for identity in served]}
     for base in bases:
         if facts.base.matches(base.identity):
-            verdict.checks.append(Check("base_identity", True, numbers))
+            verdict.add(Check("base_identity", True, numbers))
             return base
     here = ", ".join(map(str, served)) or "no base"
     raise Refused("base_identity", {**numbers, "reason": f"trained on {facts.base}; this endpoint serves {here}"})
@@ -123,7 +131,7 @@ def _load(
         raise Refused("load", {"reason": f"out of memory: {error}"}) from None
     except (ArtifactError, OSError, RuntimeError, ValueError) as error:
         raise Refused("load", {"reason": str(error)}) from None
-    verdict.checks.append(Check("load", True, {"tuning": facts.tuning, "rank": facts.rank}))
+    verdict.add(Check("load", True, {"tuning": facts.tuning, "rank": facts.rank}))
     return servable
 
 
@@ -158,7 +166,7 @@ def _template(facts: AdapterFacts, servable: Servable, verdict: Verdict) -> None
     numbers = {"trained_with": facts.template, "served_with": servable.template.digest}
     if facts.template != servable.template.digest:
         raise Refused("template", {**numbers, "reason": "it would be asked in another chat template than it was trained with"})
-    verdict.checks.append(Check("template", True, numbers))
+    verdict.add(Check("template", True, numbers))
 
 
 def _shown(identity: BaseIdentity) -> dict[str, str]:

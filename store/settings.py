@@ -73,6 +73,11 @@ class Settings(BaseSettings):
         2.0,
         "Of it, what LoRA adapters that are asked may take, per base; others wait in RAM.",
     )
+    serving_host_gib: float = _env(
+        "STROP_SERVING_HOST_GIB",
+        16.0,
+        "RAM that LoRA adapters may take beside a GPU, per base; others are read again from their files when they are asked.",
+    )
     serving_running: int = _env("STROP_SERVING_RUNNING", 64, "Requests that one base answers at once.")
     poll_seconds: float = _env("STROP_POLL_SECONDS", 5.0, "How often an endpoint looks for deployments it was not notified of.")
     endpoint_name: str = _env("STROP_ENDPOINT_NAME", "endpoint", "Name an endpoint signs its receipts with.")

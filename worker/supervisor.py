@@ -45,6 +45,8 @@ TRAIN_COMMAND = (sys.executable, "-m", "core.train")
 
 _TERM_SECONDS = 5.0
 _LOOK_SECONDS = 0.2
+_EXIT_LOOK_SECONDS = 0.01
+"""A child that has closed its pipe is about to be gone, and its result waits for that."""
 _RETRY_SECONDS = 1.0
 _READ_BYTES = 1 << 18
 _LINE_BYTES = 32 << 20
@@ -212,7 +214,7 @@ class _Attempt:
             if has_exited:  # looked at before the read, so nothing can have come since
                 return asked
             if not is_open:
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_EXIT_LOOK_SECONDS)
 
     def _check_fence(self) -> None:
         for failure in (self._events.failure, self._uploader.failure):

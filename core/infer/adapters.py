@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from core.adapter import BaseIdentity
 from core.errors import ArtifactError
-from core.infer.runner import ADAPTER_GIB, Runner, kv_bytes_per_token, reach_of
+from core.infer.runner import ADAPTER_GIB, HOST_GIB, Runner, kv_bytes_per_token, reach_of
 from core.models.adapt import load_adapter, unwrap
 from core.models.load import LoadedBase
 
@@ -23,10 +23,16 @@ class AdaptedBase:
     None where packed steps can't express the model."""
 
     def __init__(
-        self, base: LoadedBase, *, kv_gib: float = 1.0, adapter_gib: float = ADAPTER_GIB, kernels: bool | None = None
+        self,
+        base: LoadedBase,
+        *,
+        kv_gib: float = 1.0,
+        adapter_gib: float = ADAPTER_GIB,
+        host_gib: float = HOST_GIB,
+        kernels: bool | None = None,
     ) -> None:
         """`kv_gib` is the room for keys and values; no more than sixteen whole contexts are made of it. `adapter_gib` is that
-        for adapters on a GPU. `kernels` as `Runner` has it."""
+        for adapters on a GPU, `host_gib` that in pinned memory beside it. `kernels` as `Runner` has it."""
         self.model: Any = base.model
         self.identity: BaseIdentity = base.identity
         self._peft: PeftModel | None = None
@@ -38,7 +44,12 @@ class AdaptedBase:
             tokens = int(kv_gib * 2**30) // kv_bytes_per_token(base.model)
             tokens = min(tokens, 16 * base.model.config.max_position_embeddings)
             self.runner = Runner(
-                base.model, kv_tokens=tokens, adapter_gib=adapter_gib, make_bare=lambda: self.activate(None), kernels=kernels
+                base.model,
+                kv_tokens=tokens,
+                adapter_gib=adapter_gib,
+                host_gib=host_gib,
+                make_bare=lambda: self.activate(None),
+                kernels=kernels,
             )
 
     def load(self, folder: Path, adapter: str) -> None:

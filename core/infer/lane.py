@@ -10,6 +10,7 @@ read first where a request's next one can't be drawn without (penalties), and wh
 """
 
 import logging
+import time
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,8 @@ from core.infer.schedule import Scheduler
 from core.infer.ticket import Ticket
 
 logger = logging.getLogger(__name__)
+
+_ASIDE_SECONDS = 0.0005
 
 
 class Lane:
@@ -44,6 +47,8 @@ class Lane:
         taken = self.schedule.shares()
         if not taken:
             self._read_all()
+            if self.schedule.has_aside:
+                time.sleep(_ASIDE_SECONDS)  # to look again at once would take Python from the thread that reads the adapter
             return
         try:
             logits = self._runner.step([share for _, share in taken])

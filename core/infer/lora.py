@@ -6,7 +6,7 @@ do nothing outside a step, so peft can wrap the same modules beside them.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,9 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 
+from core.adapter import ADAPTER_KIND
 from core.errors import ArtifactError, InvalidInput
+from core.manifest import folder_digest, verify_folder
 from core.models.adapt import ADAPTER_WEIGHTS, PREFIX
 from core.models.canonical import beyond_lora, check_keys, read_config
 from core.models.load import dequantized_weight
@@ -59,8 +61,11 @@ class LoraWeights:
 class Slots(Protocol):
     """Room for adapters on a GPU."""
 
-    def staged(self, shapes: Mapping[str, int], sites: Iterable[tuple[str, Site]]) -> Any:
-        """What is copied into a slot, made of the sites one by one; `shapes` are their ranks. None where none is large enough."""
+    def staged(
+        self, shapes: Mapping[str, int], sites: Iterable[tuple[str, Site]], again: Callable[[], Iterable[tuple[str, Site]]]
+    ) -> Any:
+        """What is copied into a slot, made of the sites one by one; `shapes` are their ranks, `again` reads them anew. None where
+        no slot is large enough."""
         ...
 
     def prefetch(self, weights: LoraWeights) -> None:
@@ -121,7 +126,15 @@ class LoraSites:
         if self._slots is None:
             return LoraWeights(digest, kinds, dict(sites))
         ranks = {path: len(stored[f"{PREFIX}{path}.lora_A.weight"]) for path in paths}
-        staged = self._slots.staged(ranks, sites)
+
+        def again() -> Iterable[tuple[str, Site]]:
+            verify_folder(folder, ADAPTER_KIND)
+            if folder_digest(folder) != digest:
+                raise ArtifactError(f"{folder.name}: its digest is {folder_digest(folder)}, and {digest} was checked")
+            anew = load_file(folder / ADAPTER_WEIGHTS)
+            return ((path, self._site(folder, path, config, anew)) for path in paths)
+
+        staged = self._slots.staged(ranks, sites, again)
         return None if staged is None else LoraWeights(digest, kinds, {}, staged)
 
     def install(self, weights: LoraWeights) -> None:

@@ -36,9 +36,9 @@ class PlainCompute:
         """Logits [len(wanted), V] behind the rows `wanted`."""
         return self._forward(shares, wanted, self._store)
 
-    def score(self, share: "Share", store: KeyValues) -> torch.Tensor:
-        """Logits [T, V] behind every token of a sequence whose pages are of `store`."""
-        return self._forward([share], np.arange(share[1]), store)
+    def score(self, shares: "Sequence[Share]", store: KeyValues) -> torch.Tensor:
+        """Logits [T, V] behind every token of sequences whose pages are of `store`."""
+        return self._forward(shares, np.arange(sum(count for _, count in shares)), store)
 
     @torch.inference_mode()
     def _forward(self, shares: "Sequence[Share]", wanted: np.ndarray, store: KeyValues) -> torch.Tensor:

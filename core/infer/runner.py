@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 PAGE = 16
 """Tokens of a page."""
-ADAPTER_GIB = 2.0
-"""Room for adapters on a GPU: of an 8B model in bf16 25 of rank 16."""
+ADAPTER_GIB, HOST_GIB = 2.0, 16.0
+"""Room for adapters on a GPU, and in pinned memory beside it: of an 8B model in bf16 25 and 200 of rank 16."""
 
 
 @dataclass
@@ -82,20 +82,37 @@ class Runner:
         *,
         kv_tokens: int,
         adapter_gib: float = ADAPTER_GIB,
+        host_gib: float = HOST_GIB,
         make_bare: Callable[[], None] = lambda: None,
         kernels: bool | None = None,
     ) -> None:
-        """`kv_tokens` is the room for keys and values, `adapter_gib` that for adapters on a GPU. `make_bare` is called before
-        each step: other adapters on the model must not act in it. `kernels` are Triton's, which is the way on a GPU (None).
-        Raises ValueError for a model that packed steps can't express (`reach_of`)."""
+        """`kv_tokens` is the room for keys and values, `adapter_gib` that for adapters on a GPU, `host_gib` that in pinned
+        memory beside it. `make_bare` is called before each step: other adapters on the model must not act in it. `kernels` are
+        Triton's, which is the way on a GPU (None). Raises ValueError for a model that packed steps can't express (`reach_of`)."""
         self.reach = reach_of(model)
         if not self.reach:
             raise ValueError("packed steps can't express the model's attention")
         self.pages = Pages(kv_tokens // PAGE, PAGE)
         self._store = KeyValues(self.pages.count * PAGE)
         self.drawn = torch.zeros(ahead.MOST, dtype=torch.int32, device=model.device)
-        with_kernels = model.device.type == "cuda" if kernels is None else kernels
-        self._compute = _compute(model, self._store, self.drawn, self.reach, adapter_gib, make_bare, with_kernels)
+        if kernels is None:
+            kernels = model.device.type == "cuda"
+        self._compute: PlainCompute | DeviceCompute
+        if kernels:
+            from core.infer.gpu.compute import DeviceCompute  # Triton comes with torch for a GPU only
+
+            self._compute = DeviceCompute(
+                model,
+                self._store,
+                self.drawn,
+                page=PAGE,
+                reach=self.reach,
+                adapter_gib=adapter_gib,
+                host_gib=host_gib,
+                make_bare=make_bare,
+            )
+        else:
+            self._compute = PlainCompute(model, self._store, self.drawn, page=PAGE, make_bare=make_bare)
         self.sites = self._compute.sites
         self.slots = self._compute.slots
 
@@ -162,11 +179,16 @@ class Runner:
             self._publish(context)
         return logits
 
-    def score(self, ids: list[int], weights: LoraWeights | None) -> torch.Tensor:
-        """Logits [len(ids), V] behind every token of a sequence; it takes no room of running requests."""
-        pages = list(range(self.pages.needed(len(ids))))
-        alone = Context(ids, weights, [b""], pages)
-        return self._compute.score((alone, len(ids)), KeyValues(len(pages) * PAGE))
+    def score(self, sequences: Sequence[list[int]], weights: LoraWeights | None) -> list[torch.Tensor]:
+        """Logits [tokens, V] behind every token of each sequence, by one step of its own that takes no room of running requests."""
+        shares: list[Share] = []
+        used = 0
+        for ids in sequences:
+            needed = self.pages.needed(len(ids))
+            shares.append((Context(ids, weights, [b""], list(range(used, used + needed))), len(ids)))
+            used += needed
+        logits = self._compute.score(shares, KeyValues(used * PAGE))
+        return list(logits.split([len(ids) for ids in sequences]))
 
     def _publish(self, context: Context) -> None:
         # A page whose tokens are not all known is published a step later.
@@ -174,22 +196,6 @@ class Runner:
             key = chain_key(context.chain[-1], context.ids[done : done + PAGE])
             self.pages.publish(context.pages[done // PAGE], key)
             context.chain.append(key)
-
-
-def _compute(
-    model: Any,
-    store: KeyValues,
-    drawn: torch.Tensor,
-    reach: int,
-    adapter_gib: float,
-    make_bare: Callable[[], None],
-    with_kernels: bool,
-) -> "PlainCompute | DeviceCompute":
-    if not with_kernels:
-        return PlainCompute(model, store, drawn, page=PAGE, make_bare=make_bare)
-    from core.infer.gpu.compute import DeviceCompute  # Triton comes with torch for a GPU only
-
-    return DeviceCompute(model, store, drawn, page=PAGE, reach=reach, adapter_gib=adapter_gib, make_bare=make_bare)
 
 
 def reach_of(model: Any) -> int:

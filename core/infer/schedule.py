@@ -5,7 +5,7 @@ queueing (Goyal, Vin and Cheng, SIGCOMM 1996): a request's turn comes when as mu
 for its own, so a crowd at one adapter delays another's request by at most one request of each. Where memory runs out the
 youngest answer steps back, and its tokens are computed anew when there is room.
 
-On a GPU an adapter may have to be copied in first: its requests stand aside until it is there, and others go on. Where all that
+On a GPU an adapter may have to be copied in first, or read: its requests stand aside until it is there, and others go on. Where all that
 are there are being asked, nobody new begins until one's answers are finished: so the wait is at most that of the answers that
 run.
 """
@@ -93,6 +93,11 @@ class Scheduler(Generic[R]):
             self.leave(request)
         self._stepped_back = deque(request for request in self._stepped_back if not request.is_cancelled)
         self._aside = deque(request for request in self._aside if not request.is_cancelled)
+
+    @property
+    def has_aside(self) -> bool:
+        """Whether somebody's turn has come whose adapter is on its way."""
+        return bool(self._aside)
 
     def shares(self) -> list[tuple[R, Share]]:
         """Reserve the next step, requests of one adapter side by side. Empty only when nothing is left to do."""

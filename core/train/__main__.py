@@ -7,6 +7,7 @@ middle of loading. On Linux the kernel kills it too when its parent dies.
 """
 
 import argparse
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,7 +15,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _PR_SET_PDEATHSIG = 1
 
@@ -109,5 +110,18 @@ def _set_up_libraries() -> None:
     )
 
 
+def _leave(code: int) -> NoReturn:
+    """End at once: all is written and told, and the result waits for this process to be gone.
+
+    To take the interpreter and its libraries down in order took 1.3 to 2.6 s on a CPU. What they may have started beside is of
+    this process's group, which the supervisor ends.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    ctypes.CDLL(None).fflush(None)  # what native code printed
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

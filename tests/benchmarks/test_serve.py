@@ -121,3 +121,17 @@ def test_http_is_measured_through_a_running_endpoint(tiny: Path, tmp_path: Path,
     found = measured(monkeypatch, tiny, tmp_path, "--cases", "tiny/http", "--waves", "1")
     assert found["tiny/http", "tokens_per_second"]["value"] > 0
     assert found["tiny/http", "share_of_engine"]["value"] > 0
+
+
+def test_a_trained_adapter_answers_and_every_stop_on_the_way_is_told(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = measured(monkeypatch, tiny, tmp_path, "--cases", "tiny/train-to-serve", "--waves", "1")
+    seconds = {metric.removesuffix("_seconds"): row["value"] for (_, metric), row in found.items()}
+    stops = ("ended_to_published", "published_to_deployed", "deployed_to_checked", "checked_to_first_token")
+    assert seconds["ended_to_first_token"] == pytest.approx(sum(seconds[stop] for stop in stops))
+    assert seconds["ended_to_first_token"] > 0
+    assert seconds["last_step_to_ended"] > 0, "its result and its parity record are written by then"
+    checks = {metric for metric in seconds if metric.startswith("check_")}
+    made = ("manifest", "base_identity", "load", "template", "token_ids", "modules", "parity", "effect")
+    assert checks == {f"check_{check}" for check in made}

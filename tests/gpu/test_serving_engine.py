@@ -100,10 +100,10 @@ def test_mixed_steps_answer_what_plain_torch_does(family: str, device: torch.dev
         found[name] = answers(runner, prompts, adapters, TOKENS)
         bare = answers(runner, prompts, [None] * len(prompts), TOKENS)
         found[f"{name} bare"] = bare
-        scored = [runner.score(prompts[1], weights).float().cpu() for weights in [None, *loaded]]
+        scored = [runner.score([prompts[1]], weights)[0].float().cpu() for weights in [None, *loaded]]
         found[f"{name} scored"] = ([], scored)
         with runner.sites.tracing() as traces:
-            runner.score(prompts[1], loaded[2])
+            runner.score([prompts[1]], loaded[2])
         found[f"{name} traced"] = (
             sorted(traces),
             [torch.tensor([t.rms, t.output_rms, *t.sample]) for _, t in sorted(traces.items())],

@@ -23,7 +23,7 @@ def wanted(folder: Path) -> WantedBase:
 
 def test_a_base_with_its_own_code_is_served_as_registered(tmp_path: Path) -> None:
     base = wanted(build_remote_code_model(tmp_path / "toy"))
-    servable = load_wanted(base, tmp_path, CPU, room=Room(0.1, 0.1, 4))
+    servable = load_wanted(base, tmp_path, CPU, room=Room(0.1, 0.1, 0.1, 4))
     assert str(servable.host.identity.weights) == base.model.weights
     ids = torch.arange(3, 9)[None]
     assert servable.host.model(input_ids=ids, use_cache=False).logits.shape == (1, 6, 512)
@@ -34,5 +34,5 @@ def test_code_that_changed_since_is_not_run(tmp_path: Path) -> None:
     mark = tmp_path / "it-ran"
     (tmp_path / "toy" / "modeling_toy_glm.py").write_text(f"open({str(mark)!r}, 'w').close()")
     with pytest.raises(ArtifactError, match=base.model.config[REMOTE_CODE]["code"]):
-        load_wanted(base, tmp_path, CPU, room=Room(0.1, 0.1, 4))
+        load_wanted(base, tmp_path, CPU, room=Room(0.1, 0.1, 0.1, 4))
     assert not mark.exists()

@@ -130,6 +130,7 @@ def test_what_was_trained_passes_and_its_numbers_stand_in_the_receipts(
     assert record.modules[0].path == LAYER.format(0, "q")
     checks = {check.name: check.numbers for check in serve(folder, base_of(model), engine, tmp_path).checks}
     assert list(checks) == ["manifest", "base_identity", "load", "template", "token_ids", "modules", "parity", "effect"]
+    assert all(numbers.pop("seconds") >= 0 for numbers in checks.values())
     assert checks["token_ids"] == {"probes": 16, "with_text": 16}
     assert checks["modules"] | {"max_relative_difference": 0.0} == {
         "modules": 14,

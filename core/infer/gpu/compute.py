@@ -40,6 +40,7 @@ class DeviceCompute:
         page: int,
         reach: int,
         adapter_gib: float,
+        host_gib: float,
         make_bare: Callable[[], None],
     ) -> None:
         """`drawn` is where marks point into (`ahead.py`)."""
@@ -51,7 +52,7 @@ class DeviceCompute:
         reason = why_not(model)
         self._fused = FusedModel(model, reach) if reason is None else None
         groups: Sequence[Group] = self._fused.groups if self._fused is not None else _groups(model)
-        self.slots = DeviceSlots(groups, model.device, model.dtype, gib=adapter_gib)
+        self.slots = DeviceSlots(groups, model.device, model.dtype, gib=adapter_gib, host_gib=host_gib)
         self.sites = LoraSites(model, self.slots)
         self._courier = Courier(model.device)
         self._graphs: DecodeGraphs | None = None
@@ -87,10 +88,11 @@ class DeviceCompute:
         return self._eager(shares, slots, wanted, self._store)
 
     @torch.inference_mode()
-    def score(self, share: "Share", store: KeyValues) -> torch.Tensor:
-        """Logits [T, V] behind every token of a sequence whose pages are of `store`; no slot is taken for its adapter."""
-        weights = share[0].weights
-        return self._eager([share], [-1 if weights is None else 0], np.arange(share[1]), store, alone=weights)
+    def score(self, shares: "Sequence[Share]", store: KeyValues) -> torch.Tensor:
+        """Logits [T, V] behind every token of sequences whose pages are of `store`; no slot is taken for their one adapter."""
+        weights = shares[0][0].weights
+        slots = [-1 if weights is None else 0] * len(shares)
+        return self._eager(shares, slots, np.arange(sum(count for _, count in shares)), store, alone=weights)
 
     def _eager(
         self,

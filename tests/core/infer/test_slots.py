@@ -1,10 +1,22 @@
-"""Room for adapters on a GPU: what lies where, who stays, and who leaves. On a CPU, where every copy has arrived at once."""
+"""Room for adapters on a GPU and beside it: what lies where, who stays, who leaves, and who comes back. On a CPU, where every
+copy has arrived at once."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from core.adapter import ADAPTER_KIND
+from core.errors import ArtifactError
 from core.infer.gpu.slots import DeviceSlots
-from core.infer.lora import LoraWeights, Site
+from core.infer.lora import LoraSites, LoraWeights, Site
+from core.manifest import closed_folder, folder_digest
+from core.models.adapt import ADAPTER_WEIGHTS
+from core.models.load import LoadedBase
+from tests.lora import add_lora
 
 GROUPS = [
     [("first", torch.nn.Linear(8, 12)), ("second", torch.nn.Linear(8, 4))],
@@ -13,9 +25,10 @@ GROUPS = [
 SHAPES = {path: (module.out_features, module.in_features) for group in GROUPS for path, module in group}
 
 
-def slots_of(pages: int) -> DeviceSlots:
-    one = DeviceSlots(GROUPS, torch.device("cpu"), torch.float32, gib=0)
-    return DeviceSlots(GROUPS, torch.device("cpu"), torch.float32, gib=(pages + 0.5) * one.layout.elements * 4 / 2**30)
+def slots_of(pages: int, host_pages: int = 100) -> DeviceSlots:
+    cpu = torch.device("cpu")
+    page = DeviceSlots(GROUPS, cpu, torch.float32, gib=0, host_gib=0).layout.elements * 4 / 2**30
+    return DeviceSlots(GROUPS, cpu, torch.float32, gib=(pages + 0.5) * page, host_gib=(host_pages + 0.5) * page)
 
 
 def adapter(slots: DeviceSlots, ranks: dict[str, int], seed: int = 0, gain: bool = False) -> tuple[LoraWeights, dict[str, Site]]:
@@ -25,7 +38,7 @@ def adapter(slots: DeviceSlots, ranks: dict[str, int], seed: int = 0, gain: bool
         outputs, inputs = SHAPES[path]
         down, up = torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
         sites[path] = Site(down, up, torch.rand(outputs, generator=generator) if gain else None)
-    staged = slots.staged(ranks, sites.items())
+    staged = slots.staged(ranks, sites.items(), sites.items)
     assert staged is not None
     return LoraWeights(str(seed), {path: site.kind for path, site in sites.items()}, {}, staged), sites
 
@@ -66,7 +79,7 @@ def test_every_rank_lies_where_kernels_look_for_it() -> None:
     assert torch.equal(gains[numbers[1], second : second + 4], gain)
     assert torch.equal(gains[numbers[2]], torch.ones_like(gains[0])), "an adapter without gains"
     alone = slots.alone(made[1][0])
-    assert torch.equal(alone.memory, made[1][0].staged.pages)
+    assert torch.equal(alone.memory, made[1][0].staged.content.pages)
 
 
 def test_who_is_asked_stays_and_the_longest_unasked_leaves() -> None:
@@ -94,5 +107,99 @@ def test_who_is_asked_stays_and_the_longest_unasked_leaves() -> None:
 
 def test_a_rank_beyond_all_room_is_for_peft() -> None:
     slots = slots_of(2)
-    assert slots.staged({"first": 33}, []) is None
-    assert slots.staged({"first": 32}, []) is not None
+    assert slots.staged({"first": 33}, [], list) is None
+    assert slots.staged({"first": 32}, [], list) is not None
+
+
+def until_here(slots: DeviceSlots, weights: LoraWeights) -> None:
+    deadline = time.monotonic() + 30
+    while slots.ask(weights) == "coming":
+        assert time.monotonic() < deadline, "it was not read in time"
+        time.sleep(0.002)
+    assert slots.ask(weights) == "here"
+
+
+def test_who_leaves_host_memory_is_read_again_beside_the_steps() -> None:
+    slots = slots_of(1, host_pages=2)
+    one, two, three = (adapter(slots, {"first": rank}, rank) for rank in (1, 2, 3))
+    assert [made.staged.content is not None for made, _ in (one, two, three)] == [False, True, True]
+    assert slots.ask(two[0]) == "here", "its copy was used just now: three is the longest unused"
+    may_read = threading.Event()
+    given = one[0].staged.read
+
+    def slowly() -> object:
+        assert may_read.wait(30)
+        return given()
+
+    one[0].staged.read = slowly
+    assert [slots.ask(one[0]) for _ in range(3)] == ["coming"] * 3
+    slots.prefetch(one[0])
+    assert slots.ask(two[0]) == "here", "others go on meanwhile"
+    may_read.set()
+    until_here(slots, one[0])
+    expected = one[1]["first"].up @ one[1]["first"].down
+    torch.testing.assert_close(product(slots, slots.number(one[0]), "first"), expected)
+    counts = [(made.staged.host_loads, made.staged.host_evictions) for made, _ in (one, two, three)]
+    assert counts == [(2, 1), (1, 0), (1, 1)]
+    torch.testing.assert_close(slots.alone(three[0]).memory[0], slots.host.wait(three[0].staged).pages[0])
+
+
+def test_one_that_is_forgotten_while_it_is_read_leaves_nothing() -> None:
+    slots = slots_of(1, host_pages=1)
+    one, two = (adapter(slots, {"first": rank}, rank)[0] for rank in (1, 2))
+    begun, may_read, given = threading.Event(), threading.Event(), one.staged.read
+
+    def slowly() -> object:
+        begun.set()
+        assert may_read.wait(30)
+        return given()
+
+    one.staged.read = slowly
+    assert slots.ask(one) == "coming"
+    assert begun.wait(30)
+    reading = one.staged.reading
+    slots.forget(one)
+    may_read.set()
+    reading.result(timeout=30)
+    assert one.staged.content is None
+    assert two.staged.content is not None, "nobody had to leave for it"
+
+
+def test_what_is_read_again_is_what_was_checked(tiny_model: Path, load_tiny: Callable[..., LoadedBase], tmp_path: Path) -> None:
+    model = load_tiny().model
+    head = model.get_output_embeddings()
+    linear = [(path, module) for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    groups = [[(path, module)] for path, module in linear if module is not head]
+    slots = DeviceSlots(groups, torch.device("cpu"), torch.float32, gib=0, host_gib=0)
+    sites, made = LoraSites(model, slots), []
+    for seed in range(2):
+        with closed_folder(tmp_path / f"a{seed}", ADAPTER_KIND, {}) as draft:
+            add_lora(tiny_model, draft, seed)
+        made.append(sites.read(tmp_path / f"a{seed}", folder_digest(tmp_path / f"a{seed}")))
+    one, two = made
+    assert one is not None
+    assert two is not None
+    until_here(slots, two)
+    first = two.staged.content.pages.clone()
+    until_here(slots, one)
+    assert two.staged.content is None
+    until_here(slots, two)
+    assert torch.equal(slots.pool.memory[0], first[0])
+
+    weights = tmp_path / "a0" / ADAPTER_WEIGHTS
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    until_here(slots, one)
+    assert one.staged.is_lost
+    slots.hold(one)
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match="content differs"):
+            slots.number(one)
+    slots.hold(one)
+    slots.let_go(one)
+    assert one.staged.is_lost, "another request is still to be told"
+    weights.write_bytes(whole)
+    slots.let_go(one)
+    until_here(slots, one)
+    assert not one.staged.is_lost
+    slots.number(one)
