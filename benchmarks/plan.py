@@ -2,9 +2,10 @@
 
 Every case is one training child of six steps, as a worker starts it: two steps' rows three times over, so that what a size of
 batch costs once falls into the first two. Beside its peak of allocated memory (over everything from load on) and the median time
-of its later steps, trained alone on the device (benchmarks/pool.py), stands what the plan said before. The coefficients of core/plan/coefficients.py are fitted to the cases of FITTING alone (`--fit FILE` prints better ones),
-frozen by a commit, and then judged by those of JUDGED: other cases all, and some on a shape, a rank or a length that fitting
-never saw. `--table FILE` prints what came out. A run that was cut ends with the `--cases` that are left.
+of its later steps, trained alone on the device (benchmarks/pool.py), stands what the plan said before. The coefficients of
+core/plan/coefficients.py are fitted to the cases of FITTING alone (`--fit FILE` prints better ones), frozen by a commit, and then
+judged by those of JUDGED: other cases all, and some on a shape, a rank or a length that fitting never saw. `--table FILE` prints
+what came out. A run that was cut ends with the `--cases` that are left.
 """
 
 import argparse

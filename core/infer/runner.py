@@ -19,7 +19,7 @@ from core.infer.pages import Pages, chain_key
 from core.infer.plain import PlainCompute
 
 if TYPE_CHECKING:
-    from core.infer.gpu.compute import DeviceCompute
+    pass
 
 PAGE = 16
 """Tokens of a page."""
@@ -97,11 +97,10 @@ class Runner:
         self.drawn = torch.zeros(ahead.MOST, dtype=torch.int32, device=model.device)
         if kernels is None:
             kernels = model.device.type == "cuda"
-        self._compute: PlainCompute | DeviceCompute
         if kernels:
             from core.infer.gpu.compute import DeviceCompute  # Triton comes with torch for a GPU only
 
-            self._compute = DeviceCompute(
+            self._compute: PlainCompute | DeviceCompute = DeviceCompute(
                 model,
                 self._store,
                 self.drawn,
@@ -180,7 +179,7 @@ class Runner:
         return logits
 
     def score(self, sequences: Sequence[list[int]], weights: LoraWeights | None) -> list[torch.Tensor]:
-        """Logits [tokens, V] behind every token of each sequence, by one step of its own that takes no room of running requests."""
+        """Logits [tokens, V] behind every token of each sequence, by a step of their own that takes no one else's room."""
         shares: list[Share] = []
         used = 0
         for ids in sequences:
