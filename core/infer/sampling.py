@@ -12,6 +12,7 @@ import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -242,8 +243,9 @@ def _sampled(below: torch.Tensor, rows: Sequence[Drawing]) -> torch.Tensor:
 
 def _drawn(row: Drawing, line: list[float], count: int) -> Drawn:
     token, logprob, is_finite = line[:3]
-    pairs = zip(line[3 : 3 + count], line[3 + count :], strict=True)
-    top = tuple((int(number), value) for number, value in pairs)[: row.sampling.top_logprobs]
+    # Of a row that asks for none these places are not written where others ask.
+    pairs = islice(zip(line[3 : 3 + count], line[3 + count :], strict=True), row.sampling.top_logprobs)
+    top = tuple((int(number), value) for number, value in pairs)
     return Drawn(int(token), logprob, top, bool(is_finite))
 
 

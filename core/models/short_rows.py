@@ -166,11 +166,14 @@ class _Rows(torch.autograd.Function):
 
 
 def _options(q: torch.Tensor, k: torch.Tensor) -> dict[str, int]:
-    """Wide heads fill a multiprocessor's own memory: blocks that wait there for their turn would leave it to one program."""
+    """Wide heads fill a multiprocessor's own memory: blocks that wait there for their turn leave it to one program. Where keys
+    have many heads to go through that costs more than waiting for each block does (on an H100, heads of 128: 0.62 ms against
+    0.40 with four heads a key, 0.55 against 0.64 with one)."""
     heads, size = q.shape[1:]
-    columns = triton.next_power_of_2(size)
-    options = {"heads": heads, "group": heads // k.shape[1], "size": size, "columns": columns}
-    return options | {"block": 32 if columns > 128 else 64, "num_stages": 3 if columns <= 64 else 1}
+    group, columns = heads // k.shape[1], triton.next_power_of_2(size)
+    is_crowded = columns > 128 or (columns > 64 and group > 1)
+    options = {"heads": heads, "group": group, "size": size, "columns": columns}
+    return options | {"block": 32 if columns > 128 else 64, "num_stages": 1 if is_crowded else 3}
 
 
 def attend_short_rows(
