@@ -147,6 +147,16 @@ def test_more_adapters_than_room_take_turns(device: torch.device, tmp_path: Path
         if weights is not None:
             plain.sites.install(weights)
         assert ids == answers(plain, [prompt], [weights], 6)[0][0]
+        if number % 3 == 0:  # ends by an id, which is found when the next step runs already
+            sampling = Sampling(max_tokens=6, ignore_eos=True, stop_token_ids=(ids[2],))
+            engine.submit(servables[number % 4], prompt, sampling, items.put)
+            found = []
+            while isinstance(item := items.get(timeout=120), Token):
+                found.append(item.id)
+            assert isinstance(item, End), item
+            assert found == ids[: ids.index(ids[2]) + 1]
+    engine.call(lambda: None)
+    assert host.runner.pages.available == host.runner.pages.count
     engine.close()
     assert sum(one.weights.staged.evictions for one in servables if one.weights is not None) >= 2
     assert host.runner.slots.resident == 1

@@ -6,6 +6,10 @@ and prompts (groups of 64). Ranks come in pages of 16, so a rank of 64 costs its
 others nothing (S-LoRA's unified paging, arXiv 2311.03285, of ranks). Layers that read one input and are multiplied as one
 matrix (queries, keys and values; gate and up) are the parts of one site: a launch of each kernel for all of them. Shapes are
 arguments, not constants, so that a kernel is compiled once for all sites.
+
+Eight adapters of rank 16 on all linear layers are 0.20 GB of a 1.1B model and 0.67 GB of an 8B one in bf16: 0.08 and 0.27 ms a
+decode step at 2.5 TB/s, by 176 and 256 launches. So a launch's own microseconds count there, not its bytes: how many memory
+accesses wait for each other, and how many programs come and go for nothing.
 """
 
 import torch

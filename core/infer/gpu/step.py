@@ -93,13 +93,12 @@ def tables_of(
     lengths = done + 1
     groups = _groups(slots, begins, counts, PROMPT_ROWS if pieces else DECODE_ROWS)
     if padded is not None:
-        more = padded - total
-        ids, positions = (np.pad(values, (0, more)) for values in (ids, positions))
-        written = np.pad(written, (0, more), constant_values=-1)
+        nothing = np.zeros(padded - total, np.int32)
+        ids, positions, lengths, starts = (np.concatenate([one, nothing]) for one in (ids, positions, lengths, starts))
+        written = np.concatenate([written, nothing - 1])
         rows = np.concatenate([rows, np.arange(total, padded, dtype=np.int32)])
-        lengths, starts = (np.pad(values, (0, more)) for values in (lengths, starts))
         if len(groups):
-            groups = np.pad(groups, ((0, padded - len(groups)), (0, 0)))
+            groups = np.concatenate([groups, np.zeros((padded - len(groups), 3), np.int32)])
     pieces_table = np.asarray(pieces, np.int32).reshape(-1, 4)
     return Tables(ids, positions, written, rows, lengths, starts, pieces_table, groups, pages)
 
