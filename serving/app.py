@@ -44,9 +44,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
                 wanted=wanted,
                 models_folder=chosen.models_folder,
                 gpu_gib=chosen.serving_gpu_gib,
-                room=Room(
-                    chosen.serving_kv_gib, chosen.serving_adapter_gib, chosen.serving_host_gib, chosen.serving_running
-                ),
+                room=Room(chosen.serving_kv_gib, chosen.serving_adapter_gib, chosen.serving_host_gib, chosen.serving_running),
                 device=device,
                 database=database,
                 storage=Storage(chosen.storage, chosen.scratch_folder),

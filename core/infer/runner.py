@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PAGE = 16
 """Tokens of a page."""
 ADAPTER_GIB, HOST_GIB = 2.0, 16.0
-"""Room for adapters on a GPU, and in pinned memory beside it: of an 8B model in bf16 25 and 200 of rank 16."""
+"""Room for adapters on a GPU, and in pinned memory beside it: of an 8B model in bf16 25 and 128 of rank 16."""
 
 
 @dataclass
@@ -72,23 +72,8 @@ class Runner:
             raise ValueError("packed steps can't express the model's attention")
         self.pages = Pages(kv_tokens // PAGE, PAGE)
         self._store = KeyValues(self.pages.count * PAGE)
-        if kernels is None:
-            kernels = model.device.type == "cuda"
-        self._compute: PlainCompute | DeviceCompute
-        if kernels:
-            from core.infer.gpu.compute import DeviceCompute  # Triton comes with torch for a GPU only
-
-            self._compute = DeviceCompute(
-                model,
-                self._store,
-                page=PAGE,
-                reach=self.reach,
-                adapter_gib=adapter_gib,
-                host_gib=host_gib,
-                make_bare=make_bare,
-            )
-        else:
-            self._compute = PlainCompute(model, self._store, page=PAGE, make_bare=make_bare)
+        has_kernels = model.device.type == "cuda" if kernels is None else kernels
+        self._compute = _compute(model, self._store, self.reach, adapter_gib, host_gib, make_bare, has_kernels)
         self.sites = self._compute.sites
         self.slots = self._compute.slots
 
@@ -156,7 +141,7 @@ class Runner:
         return logits
 
     def score(self, sequences: Sequence[list[int]], weights: LoraWeights | None) -> list[torch.Tensor]:
-        """Logits [tokens, V] behind every token of each sequence, by one step of its own that takes no room of running requests."""
+        """Logits [tokens, V] behind every token of each sequence, by one step that takes no room of running requests."""
         shares: list[Share] = []
         used = 0
         for ids in sequences:
@@ -171,6 +156,22 @@ class Runner:
             key = chain_key(context.chain[-1], context.ids[done : done + PAGE])
             self.pages.publish(context.pages[done // PAGE], key)
             context.chain.append(key)
+
+
+def _compute(
+    model: Any,
+    store: KeyValues,
+    reach: int,
+    adapter_gib: float,
+    host_gib: float,
+    make_bare: Callable[[], None],
+    with_kernels: bool,
+) -> "PlainCompute | DeviceCompute":
+    if not with_kernels:
+        return PlainCompute(model, store, page=PAGE, make_bare=make_bare)
+    from core.infer.gpu.compute import DeviceCompute  # Triton comes with torch for a GPU only
+
+    return DeviceCompute(model, store, page=PAGE, reach=reach, adapter_gib=adapter_gib, host_gib=host_gib, make_bare=make_bare)
 
 
 def reach_of(model: Any) -> int:

@@ -5,9 +5,9 @@ queueing (Goyal, Vin and Cheng, SIGCOMM 1996): a request's turn comes when as mu
 for its own, so a crowd at one adapter delays another's request by at most one request of each. Where memory runs out the
 youngest answer steps back, and its tokens are computed anew when there is room.
 
-On a GPU an adapter may have to be copied in first, or read: its requests stand aside until it is there, and others go on. Where all that
-are there are being asked, nobody new begins until one's answers are finished: so the wait is at most that of the answers that
-run.
+On a GPU an adapter may have to be copied in first, or read: its requests stand aside until it is there, and others go on. Where
+all that are there are being asked, nobody new begins until one's answers are finished: so the wait is at most that of the
+answers that run.
 """
 
 import heapq

@@ -61,9 +61,7 @@ class Layout:
 
 
 class DeviceSlots:
-    def __init__(
-        self, groups: Iterable[Group], device: torch.device, dtype: torch.dtype, *, gib: float, host_gib: float
-    ) -> None:
+    def __init__(self, groups: Iterable[Group], device: torch.device, dtype: torch.dtype, *, gib: float, host_gib: float) -> None:
         """`gib` is the room for all adapters; at least one of rank 16 has some. `host_gib` is that in pinned memory."""
         self.layout = Layout.of(groups)
         self._device, self._dtype = device, dtype
