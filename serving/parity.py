@@ -80,8 +80,8 @@ class _Measured:
         runner = self.host.runner
         if runner is not None and self.adapter is None:
             # Reading what each module adds is dearer than running it: of the traced batch only.
-            traced: AbstractContextManager[dict[str, Trace]] = runner.sites.tracing() if is_traced else nullcontext({})
-            with traced as traces:
+            tracing: AbstractContextManager[dict[str, Trace]] = runner.sites.tracing() if is_traced else nullcontext({})
+            with tracing as traces:
                 logits = runner.score([ids for ids, _ in batch], self.weights)
             return [said_of(rows, ids, start) for rows, (ids, start) in zip(logits, batch, strict=True)], traces
         self.host.activate(self.adapter)

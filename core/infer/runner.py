@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PAGE = 16
 """Tokens of a page."""
 ADAPTER_GIB, HOST_GIB = 2.0, 16.0
-"""Room for adapters on a GPU, and in pinned memory beside it: of an 8B model in bf16 25 and 200 of rank 16."""
+"""Room for adapters on a GPU, and in pinned memory beside it: of an 8B model in bf16 25 and 128 of rank 16."""
 
 
 @dataclass
@@ -95,23 +95,8 @@ class Runner:
         self.pages = Pages(kv_tokens // PAGE, PAGE)
         self._store = KeyValues(self.pages.count * PAGE)
         self.drawn = torch.zeros(ahead.MOST, dtype=torch.int32, device=model.device)
-        if kernels is None:
-            kernels = model.device.type == "cuda"
-        if kernels:
-            from core.infer.gpu.compute import DeviceCompute  # Triton comes with torch for a GPU only
-
-            self._compute: PlainCompute | DeviceCompute = DeviceCompute(
-                model,
-                self._store,
-                self.drawn,
-                page=PAGE,
-                reach=self.reach,
-                adapter_gib=adapter_gib,
-                host_gib=host_gib,
-                make_bare=make_bare,
-            )
-        else:
-            self._compute = PlainCompute(model, self._store, self.drawn, page=PAGE, make_bare=make_bare)
+        has_kernels = model.device.type == "cuda" if kernels is None else kernels
+        self._compute = _compute(model, self._store, self.drawn, self.reach, adapter_gib, host_gib, make_bare, has_kernels)
         self.sites = self._compute.sites
         self.slots = self._compute.slots
 
@@ -179,7 +164,7 @@ class Runner:
         return logits
 
     def score(self, sequences: Sequence[list[int]], weights: LoraWeights | None) -> list[torch.Tensor]:
-        """Logits [tokens, V] behind every token of each sequence, by a step of their own that takes no one else's room."""
+        """Logits [tokens, V] behind every token of each sequence, by one step that takes no room of running requests."""
         shares: list[Share] = []
         used = 0
         for ids in sequences:
@@ -195,6 +180,24 @@ class Runner:
             key = chain_key(context.chain[-1], context.ids[done : done + PAGE])
             self.pages.publish(context.pages[done // PAGE], key)
             context.chain.append(key)
+
+
+def _compute(
+    model: Any,
+    store: KeyValues,
+    drawn: torch.Tensor,
+    reach: int,
+    adapter_gib: float,
+    host_gib: float,
+    make_bare: Callable[[], None],
+    with_kernels: bool,
+) -> "PlainCompute | DeviceCompute":
+    if not with_kernels:
+        return PlainCompute(model, store, drawn, page=PAGE, make_bare=make_bare)
+    from core.infer.gpu.compute import DeviceCompute  # Triton comes with torch for a GPU only
+
+    room = {"adapter_gib": adapter_gib, "host_gib": host_gib}
+    return DeviceCompute(model, store, drawn, page=PAGE, reach=reach, make_bare=make_bare, **room)
 
 
 def reach_of(model: Any) -> int:

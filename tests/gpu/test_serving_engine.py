@@ -14,13 +14,16 @@ import torch
 
 pytest.importorskip("triton")
 
+from core.adapter import ADAPTER_KIND
 from core.infer.adapters import AdaptedBase
 from core.infer.engine import Engine
 from core.infer.progress import End, Token
 from core.infer.runner import Context, Runner
 from core.infer.sampling import Sampling
 from core.infer.servable import Servable
-from core.infer.ticket import Item
+from core.infer.ticket import Failed, Item
+from core.manifest import closed_folder, folder_digest
+from core.models.adapt import ADAPTER_WEIGHTS
 from core.models.load import LoadedBase, load_base
 from tests.lora import TARGETS, add_lora
 from tests.tiny import build_tiny_model
@@ -100,7 +103,7 @@ def test_mixed_steps_answer_what_plain_torch_does(family: str, device: torch.dev
         found[name] = answers(runner, prompts, adapters, TOKENS)
         bare = answers(runner, prompts, [None] * len(prompts), TOKENS)
         found[f"{name} bare"] = bare
-        scored = [runner.score([prompts[1]], weights)[0].float().cpu() for weights in [None, *loaded]]
+        scored = [torch.cat(runner.score(prompts[1:4], weights)).float().cpu() for weights in [None, *loaded]]
         found[f"{name} scored"] = ([], scored)
         with runner.sites.tracing() as traces:
             runner.score([prompts[1]], loaded[2])
@@ -117,9 +120,11 @@ def test_mixed_steps_answer_what_plain_torch_does(family: str, device: torch.dev
     assert found["fast"][0] != found["fast bare"][0], "adapters do something"
 
 
-def test_more_adapters_than_room_take_turns(device: torch.device, tmp_path: Path) -> None:
+@pytest.mark.parametrize("host_gib", [1.0, 0.0])
+def test_more_adapters_than_room_take_turns(host_gib: float, device: torch.device, tmp_path: Path) -> None:
     folder = build_tiny_model(tmp_path / "model", initializer_range=0.1)
-    host = AdaptedBase(base_of(folder, device), kv_gib=0.01, adapter_gib=1e-9, kernels=True)  # room for one
+    # Room for one on the GPU, and beside it for all or one.
+    host = AdaptedBase(base_of(folder, device), kv_gib=0.01, adapter_gib=1e-9, host_gib=host_gib, kernels=True)
     assert host.runner is not None
     assert host.runner.slots is not None
     plain = Runner(host.model, kv_tokens=2048, kernels=False)
@@ -128,8 +133,10 @@ def test_more_adapters_than_room_take_turns(device: torch.device, tmp_path: Path
     asked: list[tuple[list[int], queue.Queue[Item]]] = []
     servables, paths = [Servable(host, folder)], [None]
     for seed in range(3):
-        path = add_lora(folder, tmp_path / f"a{seed}", seed)
-        weights = host.runner.sites.read(path, path.name)
+        path = tmp_path / f"a{seed}"
+        with closed_folder(path, ADAPTER_KIND, {}) as draft:
+            add_lora(folder, draft, seed)
+        weights = host.runner.sites.read(path, folder_digest(path))
         assert weights is not None
         servables.append(Servable(host, folder, weights=weights))
         paths.append(path)
@@ -157,9 +164,20 @@ def test_more_adapters_than_room_take_turns(device: torch.device, tmp_path: Path
             assert found == ids[: ids.index(ids[2]) + 1]
     engine.call(lambda: None)
     assert host.runner.pages.available == host.runner.pages.count
-    engine.close()
-    assert sum(one.weights.staged.evictions for one in servables if one.weights is not None) >= 2
+    staged = [one.weights.staged for one in servables if one.weights is not None]
+    assert sum(one.evictions for one in staged) >= 2
+    assert (sum(one.host_evictions for one in staged) >= 2) == (host_gib == 0)
     assert host.runner.slots.resident == 1
+    if host_gib == 0:
+        number = next(number for number, one in enumerate(staged) if one.content is None and not one.is_resident)
+        (tmp_path / f"a{number}" / ADAPTER_WEIGHTS).unlink()
+        lost: queue.Queue[Item] = queue.Queue()
+        base: queue.Queue[Item] = queue.Queue()
+        for servable, items in ((servables[number + 1], lost), (servables[0], base)):
+            engine.submit(servable, [5, 6, 7], Sampling(max_tokens=3, ignore_eos=True), items.put)
+        assert isinstance(lost.get(timeout=120), Failed), "its files are gone"
+        assert [type(base.get(timeout=120)) for _ in range(4)] == [Token] * 3 + [End]
+    engine.close()
 
 
 def test_weights_in_four_bits_stay_so(device: torch.device, tmp_path: Path) -> None:

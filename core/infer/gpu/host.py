@@ -27,8 +27,9 @@ class Content:
 
     @property
     def bytes(self) -> int:
+        """What it takes of memory: torch has pinned memory in pieces of powers of two."""
         tensors = (self.pages, self.counts) if self.gains is None else (self.pages, self.counts, self.gains)
-        return sum(tensor.nbytes for tensor in tensors)
+        return sum(1 << (one.nbytes - 1).bit_length() if one.is_pinned() else one.nbytes for one in tensors)
 
 
 @dataclass(eq=False)
