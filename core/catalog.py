@@ -7,6 +7,9 @@ class gives it, so where that decides about attention it stands in the entry.
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Task = Literal["causal_lm", "contrastive"]
+"""What a model is trained to do: go on with a text, or put a picture and its caption close to each other."""
+
 Tier = Literal["plain", "packed", "fused"]
 """What a run's steps are computed by (docs/methods.md)."""
 
