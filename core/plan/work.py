@@ -12,7 +12,7 @@ from typing import Any
 from core.catalog import Tier, can_pack
 from core.plan.shape import ModelShape, adapted_modules, model_shape, new_parameters, trainable_parameters
 from core.records import TokenCounts
-from core.spec import DATA_KINDS, FullTuning, JobSpec, ScheduleSpec
+from core.spec import DATA_KINDS, FullTuning, JobSpec, LoraTuning, MoraTuning, ScheduleSpec
 
 _LIGER = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "glm4", "smollm3"})
 """Families whose norms and gates liger has kernels for (0.8); with the others the packed tier keeps what the plain one does."""
@@ -74,7 +74,8 @@ class Work:
     @property
     def adapted(self) -> list[str]:
         """Leaf names of a layer's modules with an adapter; none in full tuning."""
-        return [] if isinstance(self.spec.tuning, FullTuning) else adapted_modules(self.shape, self.spec.tuning)
+        tuning = self.spec.tuning
+        return adapted_modules(self.shape, tuning) if isinstance(tuning, LoraTuning | MoraTuning) else []
 
     @property
     def is_full(self) -> bool:

@@ -13,6 +13,7 @@ from core.spec.job import JobSpec, upgrade_spec, with_rows_at_once
 from core.spec.objectives import (
     DATA_KINDS,
     OBJECTIVES,
+    PICTURE_KINDS,
     DataKind,
     DpoObjective,
     InfoNceObjective,
@@ -38,6 +39,7 @@ from core.spec.tuning import (
 __all__ = [
     "DATA_KINDS",
     "OBJECTIVES",
+    "PICTURE_KINDS",
     "AdapterName",
     "BatchSpec",
     "CheckpointSpec",

@@ -10,6 +10,8 @@ from core.spec.frozen import Frozen
 DataKind = Literal["conversation", "preference", "text", "picture_pair", "picture_question", "picture_chat"]
 """What the rows of a dataset are; its format tells. An objective trains on rows of one kind."""
 
+PICTURE_KINDS: tuple[DataKind, ...] = ("picture_pair", "picture_question", "picture_chat")
+
 
 class SftObjective(Frozen):
     """Supervised fine-tuning: cross-entropy on the chosen tokens, mean over all trained tokens of a step."""
