@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from core.catalog import task_of
 from core.errors import ArtifactError, BadSpec
-from core.model_folder import TOKENIZER_FILES
+from core.model_folder import PROCESSOR_FILES, TOKENIZER_FILES
 from core.models import mora, start
 from core.models.embeddings import TIED_WARNING, embedding_paths, install_embeddings, trained_modules
 from core.models.targets import architecture_of, find_targets, leaf, peft_pattern
@@ -123,12 +123,20 @@ def save_full(model: Any, folder: Path, dtype: torch.dtype) -> None:
     model.save_pretrained(folder)
 
 
-def save_tokenizer(model_folder: Path, folder: Path, chat_template: str) -> None:
-    """Copy the tokenizer's files and write the template that was trained with, which a loader prefers to any other."""
+def save_tokenizer(model_folder: Path, folder: Path, chat_template: str | None) -> None:
+    """Copy the tokenizer's files and write the template that was trained with, if any, which a loader prefers to any other."""
     for name in TOKENIZER_FILES:
         if name != CHAT_TEMPLATE_FILE and (model_folder / name).is_file():
             shutil.copyfile(model_folder / name, folder / name)
-    (folder / CHAT_TEMPLATE_FILE).write_text(chat_template)
+    if chat_template is not None:
+        (folder / CHAT_TEMPLATE_FILE).write_text(chat_template)
+
+
+def save_processor(model_folder: Path, folder: Path) -> None:
+    """Copy what says how a picture becomes pixels."""
+    for name in PROCESSOR_FILES:
+        if (model_folder / name).is_file():
+            shutil.copyfile(model_folder / name, folder / name)
 
 
 def load_adapter(base_model: Any, folder: Path, adapter_name: str) -> PeftModel:

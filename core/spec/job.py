@@ -133,6 +133,8 @@ class JobSpec(Frozen):
             yield "captions are not put into a template: leave data.template model"
         if self.data.new_tokens:
             yield "task contrastive has no data.new_tokens"
+        if self.data.eval_rows == 1:
+            yield "a single held-out picture has nothing to be told from: set data.eval_rows 2 or more, or 0"
         if self.batch.step_rows < 2:
             yield "a pair alone has nothing to be told from: set batch.rows_per_step 2 or more"
         if self.batch.micro_batch_size == "auto":
