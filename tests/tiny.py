@@ -96,7 +96,7 @@ def _write_tokenizer(folder: Path) -> tuple[int, int]:
 
 
 def build_tiny_clip(folder: Path, *, seed: int = 0, hidden: int = 32, side: int = 32, patch: int = 8, layers: int = 2) -> Path:
-    """A CLIP model folder: two small random towers, a byte-level tokenizer, and an image processor that crops to `side` pixels."""
+    """A CLIP model folder: two small random towers, a byte-level tokenizer, an image processor that crops to `side` pixels."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
