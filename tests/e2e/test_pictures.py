@@ -1,6 +1,8 @@
 """Pictures and captions over real HTTP: an archive goes up, CLIP is trained on it, and what comes down is read by plain peft."""
 
 import io
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from standalone.stack import Stack
+from tests.conftest import ROOT
 from tests.e2e.service import Service
 from tests.tiny import build_tiny_clip
 
@@ -49,14 +52,20 @@ def pairs_zip(tmp_path_factory: pytest.TempPathFactory, shared_data: Path) -> Pa
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, clip: Path) -> Iterator[Service]:
+def stack(tmp_path_factory: pytest.TempPathFactory, clip: Path) -> Iterator[Stack]:
     home = tmp_path_factory.mktemp("pictures")
     (home / "models").mkdir()
-    (home / "models" / "clip").symlink_to(clip)
+    for name in ("clip", "clip-vit-base-patch32"):
+        (home / "models" / name).symlink_to(clip)
     with Stack(home, services=("api", "preparer", "worker"), settings={"OMP_NUM_THREADS": "1"}) as stack:
-        service = Service(stack.api_url, "http://127.0.0.1:9", stack.api_key)
-        yield service
-        service.close()
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def service(stack: Stack) -> Iterator[Service]:
+    service = Service(stack.api_url, "http://127.0.0.1:9", stack.api_key)
+    yield service
+    service.close()
 
 
 def pair_job(dataset_id: str, **fields: Any) -> dict[str, Any]:
@@ -121,3 +130,19 @@ def test_what_does_not_go_together_is_refused_with_its_reasons(service: Service,
     answer = service.api.post("/jobs", json={"base_model": "clip", "data": {"datasets": [{"dataset_id": dataset_id}]}})
     assert answer.status_code == 422
     assert "clip is a CLIPModel, a model for task contrastive, not causal_lm" in answer.text
+
+
+def test_the_example_of_the_page_does_what_it_says(stack: Stack, shared_data: Path, tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "vision.md").read_text(), re.S)
+    for written, real in {"http://127.0.0.1:8000": stack.api_url, ".strop/api_key": str(stack.api_key_file)}.items():
+        assert written in example
+        example = example.replace(written, real)
+    folder = shared_data / "vision" / "pairs"
+    shutil.copytree(folder / "images", tmp_path / "pictures" / "images")
+    shutil.copy(folder / "metadata.jsonl", tmp_path / "pictures")
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^succeeded .*\nloss [\d.]+ -> [\d.]+ at temperature 0\.0[67]\d+$", done.stdout, re.M), done.stdout
+    assert len(re.findall(r"^\d+ \{.*'eval_text_to_image_recall_at_10': ", done.stdout, re.M)) == 2
+    with tarfile.open(tmp_path / "result.tar.gz") as archive:
+        assert any(name.endswith("model.safetensors") for name in archive.getnames())
