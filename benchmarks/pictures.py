@@ -96,8 +96,8 @@ def _read_plainly(shard: Path) -> int:
 
 def _write(shard: Path, folder: Path) -> int:
     members = list(read_archive(shard, Findings()))
-    wanted = frozenset(name for name, _ in members if name.endswith(".jpg"))
-    return write_picture_cache(folder, members, wanted, RULE, {})
+    rows = [(number, name) for number, (name, _) in enumerate(members, start=1) if name.endswith(".jpg")]
+    return write_picture_cache(folder, members, rows, RULE, {})
 
 
 def _read_cache(folder: Path) -> int:

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from core.catalog import Task
+
 Quantization = Literal["none", "nf4", "nf4-double", "fp4", "fp4-double", "int8", "fp8"]
 """How frozen linear weights are held: as they are, in 4-bit blocks (with `double`, their scales in 8 bit), or in 8 bit.
 
@@ -64,13 +66,14 @@ class AdapterFacts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tuning: Literal["lora", "mora", "full"]
+    task: Task = "causal_lm"
+    tuning: Literal["lora", "mora", "full"] = Field(description="full: a whole model, whatever part of it was trained.")
     base: BaseIdentity
     job_id: str | None = Field(description="Null for an adapter that was trained elsewhere and imported.")
     attempt: int
     step: int
     rank: int | None = Field(description="Largest LoRA rank in the folder; null for a full model.")
-    template: str = Field(description="Digest of the chat template it was trained with.")
+    template: str = Field(description="Digest of the chat template it was trained with; empty where texts stand in none.")
     eval_loss: float | None
     parity: ParitySummary | None = Field(default=None, description="Null for results from before version 2 of the record.")
 

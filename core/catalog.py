@@ -7,6 +7,9 @@ class gives it, so where that decides about attention it stands in the entry.
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Task = Literal["causal_lm", "contrastive"]
+"""What a model is trained to do: go on with a text, or put a picture and its caption close to each other."""
+
 Tier = Literal["plain", "packed", "fused"]
 """What a run's steps are computed by (docs/methods.md)."""
 
@@ -45,11 +48,47 @@ FAMILIES: dict[str, ModelFamily] = {
     "SmolLM3ForCausalLM": ModelFamily("smollm3", _SPLIT, tied_embeddings=True),
 }
 
+
+@dataclass(frozen=True)
+class TwoTowers:
+    """A model of one tower for pictures and one for texts, which meet in one space."""
+
+    name: str
+    """`model_type` in config.json."""
+    linear_modules: tuple[str, ...]
+    """Leaf names that `all-linear` means: every linear module but the projections."""
+    image: tuple[str, ...]
+    """The modules that a picture goes through, projection last."""
+    text: tuple[str, ...]
+    """Those of a text, likewise."""
+    text_length: int
+    """Tokens of a text, at most, where config.json says nothing."""
+
+    @property
+    def projections(self) -> tuple[str, str]:
+        return self.image[-1], self.text[-1]
+
+
+TWO_TOWERS: dict[str, TwoTowers] = {
+    "CLIPModel": TwoTowers(
+        "clip",
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        image=("vision_model", "visual_projection"),
+        text=("text_model", "text_projection"),
+        text_length=77,
+    ),
+}
+
 REMOTE_CODE = "strop_remote_code"
 """Key that registration adds to the config of a model which brings its own code: what is known of it without running it."""
 
 _SWITCHED_WINDOWS = ("qwen2", "qwen3", "smollm3")
 """Their window counts only where `use_sliding_window` says so."""
+
+
+def task_of(architecture: str) -> Task:
+    """What a model of this architecture can be trained to do; its own code, where it brings any, is a causal LM's."""
+    return "contrastive" if architecture in TWO_TOWERS else "causal_lm"
 
 
 def attention_kind(architecture: str, config: dict[str, Any]) -> Literal["sdpa", "eager"]:

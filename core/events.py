@@ -50,13 +50,23 @@ class Step(_Event):
     kind: Literal["step"] = "step"
     step: int
     epoch: float
-    loss: float = Field(description="Mean over the whole step: nats per trained token, or the loss per preference.")
+    loss: float = Field(
+        description="Mean over the whole step: nats per trained token, the loss per preference, or of pictures and captions the "
+        "nats of finding a pair among the step's others."
+    )
     learning_rate: float
     grad_norm: float = Field(description="Global norm before clipping.")
     tokens: int = Field(description="Non-padding tokens of the step.")
     trained_tokens: int
     reward_accuracy: float | None = Field(default=None, description="Preferences: share of pairs whose chosen answer gains more.")
     reward_margin: float | None = Field(default=None, description="Preferences: mean gain of chosen over rejected answers.")
+    temperature: float | None = Field(default=None, description="Pairs: what similarities were divided by in this step.")
+    alignment: float | None = Field(
+        default=None, description="Pairs: mean squared distance of a picture and its caption, 0 to 4; less is nearer."
+    )
+    uniformity: float | None = Field(
+        default=None, description="Pairs: how unevenly features lie, 0 (all in one place) down to -8; of the first 2,048."
+    )
     tokens_per_second: float
     step_seconds: float
     eta_seconds: float
@@ -74,7 +84,7 @@ class Evaluation(_Event):
 
     kind: Literal["eval"] = "eval"
     step: int
-    eval_loss: float = Field(description="As the loss of a step, over all held-out rows.")
+    eval_loss: float = Field(description="As the loss of a step, over all held-out rows; pairs are told from all others of them.")
     eval_perplexity: float | None = Field(default=None, description="e to the eval_loss; null for preferences.")
     eval_trained_tokens: int
     eval_reward_accuracy: float | None = None
@@ -82,7 +92,25 @@ class Evaluation(_Event):
     eval_exact_match: float | None = Field(default=None, description="Share of answers equal to their reference, 0 to 1.")
     eval_bleu: float | None = Field(default=None, description="Corpus BLEU of the answers by sacrebleu, 0 to 100.")
     eval_rouge_l: float | None = Field(default=None, description="Mean F1 of the longest common subsequence of words, 0 to 1.")
-    row_losses: list[tuple[float, int]] = Field(description="Per held-out row, in order: (summed loss, terms).")
+    eval_image_to_text_recall_at_1: float | None = Field(
+        default=None, description="Share of held-out pictures that find one of their captions first, among all held-out captions."
+    )
+    eval_image_to_text_recall_at_5: float | None = None
+    eval_image_to_text_recall_at_10: float | None = None
+    eval_text_to_image_recall_at_1: float | None = Field(
+        default=None, description="Share of held-out captions that find their picture first, among all held-out pictures."
+    )
+    eval_text_to_image_recall_at_5: float | None = None
+    eval_text_to_image_recall_at_10: float | None = None
+    eval_retention: float | None = Field(
+        default=None, description="Mean of the six recalls over the base's own, those left out where the base found nothing."
+    )
+    eval_kept_direction: float | None = Field(
+        default=None, description="Mean cosine of held-out features and the base's for the same inputs; 1 is unmoved."
+    )
+    row_losses: list[tuple[float, int]] = Field(
+        description="Per held-out row, in order: (summed loss, terms); none for pairs, whose loss is no sum."
+    )
 
 
 class Answer(BaseModel):
@@ -191,6 +219,9 @@ METRICS: dict[str, tuple[str, ...]] = {
         "trained_tokens",
         "reward_accuracy",
         "reward_margin",
+        "temperature",
+        "alignment",
+        "uniformity",
         "tokens_per_second",
         "step_seconds",
         "eta_seconds",
@@ -208,6 +239,14 @@ METRICS: dict[str, tuple[str, ...]] = {
         "eval_exact_match",
         "eval_bleu",
         "eval_rouge_l",
+        "eval_image_to_text_recall_at_1",
+        "eval_image_to_text_recall_at_5",
+        "eval_image_to_text_recall_at_10",
+        "eval_text_to_image_recall_at_1",
+        "eval_text_to_image_recall_at_5",
+        "eval_text_to_image_recall_at_10",
+        "eval_retention",
+        "eval_kept_direction",
     ),
     "judged": ("judge_score",),
 }

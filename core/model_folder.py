@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from core.catalog import FAMILIES, REMOTE_CODE
+from core.catalog import FAMILIES, REMOTE_CODE, TWO_TOWERS
 from core.errors import ArtifactError, InvalidInput, Problem
 
 MODEL_KIND = "model"
@@ -28,6 +28,8 @@ _HEADER_LIMIT = 100 << 20
 _CHUNK = 1 << 22
 _Tensors = dict[str, tuple[Path, int, dict[str, Any]]]
 """Name -> file, where its data begins, header entry."""
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""Either says how a picture is resized and normalised; transformers 5 writes the first."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
@@ -40,6 +42,8 @@ class ModelFacts(BaseModel):
     parameters: int
     weights: str
     tokenizer: str
+    processor: str | None = None
+    """Digest of the files that decide how a picture becomes pixels; None for a model without pictures."""
     has_chat_template: bool
     context_length: int
     config: dict[str, Any]
@@ -62,21 +66,25 @@ def read_model_facts(folder: Path, *, allow_remote_code: bool = False) -> ModelF
         raise InvalidInput(f"{folder.name} is not a model folder", problems)
     config = json.loads((folder / "config.json").read_text())
     architecture = (config.get("architectures") or ["unknown"])[0]
-    needs_code = architecture not in FAMILIES
+    if architecture in TWO_TOWERS and processor_digest(folder) is None:
+        missing = Problem("missing-file", f"{architecture} needs one of {', '.join(PROCESSOR_FILES)}, and neither is there")
+        raise InvalidInput(f"{folder.name} is not a model folder", [missing])
+    needs_code = architecture not in FAMILIES and architecture not in TWO_TOWERS
     tensors = _read_tensors(folder)
     config.pop(REMOTE_CODE, None)
     if needs_code:
         _check_code(folder, config, architecture, allow_remote_code)
         config[REMOTE_CODE] = {"code": code_digest(folder), "shape": _stored_shape(tensors)}
-    elif config.get("model_type") != FAMILIES[architecture].name:
+    elif config.get("model_type") != (known := TWO_TOWERS.get(architecture) or FAMILIES[architecture]).name:
         message = f"model_type {config.get('model_type')} does not go with the architecture {architecture}"
-        raise InvalidInput(f"{folder.name}: {message} ({FAMILIES[architecture].name} does)")
+        raise InvalidInput(f"{folder.name}: {message} ({known.name} does)")
     weights, parameters = _weights_digest(tensors)
     return ModelFacts(
         architecture=architecture,
         parameters=parameters,
         weights=weights,
         tokenizer=tokenizer_digest(folder),
+        processor=processor_digest(folder) if architecture in TWO_TOWERS else None,
         has_chat_template=_chat_template(folder) is not None,
         context_length=context_length(config),
         config=config,
@@ -85,7 +93,10 @@ def read_model_facts(folder: Path, *, allow_remote_code: bool = False) -> ModelF
 
 
 def context_length(config: dict[str, Any]) -> int:
-    """Tokens that a model reads at most, by its config.json; ChatGLM says seq_length."""
+    """Tokens that a model reads at most, by its config.json; ChatGLM says seq_length. Of two towers it is the texts'."""
+    towers = TWO_TOWERS.get((config.get("architectures") or ["unknown"])[0])
+    if towers is not None:
+        return int((config.get("text_config") or {}).get("max_position_embeddings") or towers.text_length)
     return int(config.get("max_position_embeddings") or config.get("seq_length") or 2048)
 
 
@@ -109,8 +120,17 @@ def verify_code(folder: Path, config: dict[str, Any]) -> None:
 
 def tokenizer_digest(folder: Path) -> str:
     """Digest of every file that decides how text becomes ids, chat template included."""
+    return _digest_of(folder, TOKENIZER_FILES)
+
+
+def processor_digest(folder: Path) -> str | None:
+    """Digest of every file that decides how a picture becomes pixels; None where there is none."""
+    return _digest_of(folder, PROCESSOR_FILES) if any((folder / name).is_file() for name in PROCESSOR_FILES) else None
+
+
+def _digest_of(folder: Path, names: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
+    for name in names:
         path = folder / name
         if path.is_file():
             digest.update(f"{name} {path.stat().st_size}\n".encode())
@@ -128,7 +148,7 @@ def _chat_template(folder: Path) -> str | None:
 
 def _check_code(folder: Path, config: dict[str, Any], architecture: str, allow_remote_code: bool) -> None:
     """Raise InvalidInput unless a model of an unknown architecture can run by its own code, and may."""
-    known = ", ".join(sorted(FAMILIES))
+    known = ", ".join(sorted({*FAMILIES, *TWO_TOWERS}))
     auto_map = config.get("auto_map")
     named = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
     if not isinstance(named, str):

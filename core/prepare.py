@@ -9,13 +9,15 @@ are the job's failure, and so are new tokens it can't have: exit code 12 (bad_da
 last line fit for the user.
 """
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Thread
 
-from core.data.conversation import Parsed, PlainText, Preference, images_of, kind_of
+from core.data.captions import check_caption_tokens, render_caption
+from core.data.conversation import Parsed, PicturePair, PlainText, Preference, images_of, kind_of
 from core.data.findings import Findings
 from core.data.pictures.archive import is_archive, read_archive
 from core.data.pictures.cache import write_picture_cache
@@ -28,7 +30,7 @@ from core.data.tokenizer import Tokenizer
 from core.data.tokens import TokenRow, write_token_cache
 from core.data.validate import validate
 from core.errors import BadData, BadSpec, InvalidInput, RunError, Unparsable
-from core.model_folder import tokenizer_digest
+from core.model_folder import context_length, tokenizer_digest
 from core.run import (
     COUNTS_FILE,
     PICTURES_FOLDER,
@@ -92,19 +94,24 @@ def prepare_tokens(request: TokenizeInput, work_dir: Path) -> None:
     tokenizer = Tokenizer.from_folder(request.model_folder, request.new_tokens)
     template = choose_template(request.template, tokenizer)
     check_new_tokens(tokenizer, template)
+    longest, kept_end = request.max_length, 0
+    if request.data_kind == "picture_pair":
+        check_caption_tokens(tokenizer, request.model_folder.name)
+        reads = context_length(json.loads((request.model_folder / "config.json").read_text(encoding="utf-8")))
+        longest, kept_end = min(longest, reads), 1
     facts = {
         "renderer": RENDERER_VERSION,
         "tokenizer": tokenizer_digest(request.model_folder),
         "template": template.name,
         "template_digest": template.digest,
-        "max_length": request.max_length,
+        "max_length": longest,
         "data_kind": request.data_kind,
         "train_on": request.train_on,
         "new_tokens": request.new_tokens,
     }
     rows = _rendered(request, tokenizer, template)
     group = 2 if request.data_kind == "preference" else 1
-    counts = write_token_cache(work_dir / TOKENS_FOLDER, request.dataset_id, rows, request.max_length, facts, group)
+    counts = write_token_cache(work_dir / TOKENS_FOLDER, request.dataset_id, rows, longest, facts, group, kept_end)
     _write_whole(work_dir / COUNTS_FILE, counts.model_dump_json())
 
 
@@ -119,14 +126,14 @@ def prepare_pictures(request: PicturesInput, work_dir: Path) -> None:
     except InvalidInput as error:
         reasons = [f"{problem.field}: {problem.message}" if problem.field else problem.message for problem in error.problems]
         raise BadSpec(f"{request.model_folder.name}: {'; '.join(reasons) or error.detail}") from None
-    wanted: set[str] = set()
+    named: list[tuple[int, str]] = []
     with request.rows.open(encoding="utf-8", newline="\n") as lines:
-        for line in lines:
-            wanted.update(images_of(read_row(line)[1]))
+        for number, parsed in map(read_row, lines):
+            named += [(number, name) for name in images_of(parsed)]
     findings = Findings()
     try:
         members = read_archive(request.upload, findings)
-        write_picture_cache(work_dir / PICTURES_FOLDER, members, frozenset(wanted), rule, {"dataset": request.dataset_id})
+        write_picture_cache(work_dir / PICTURES_FOLDER, members, named, rule, {"dataset": request.dataset_id})
     except (InvalidInput, Unparsable) as error:
         raise BadData(f"{request.dataset_id}: {error.detail}") from None
 
@@ -161,6 +168,8 @@ def _sequences(parsed: Parsed, request: TokenizeInput, tokenizer: Tokenizer, tem
         return render_preference(parsed, tokenizer, template)
     if isinstance(parsed, PlainText):
         return render_text(parsed, tokenizer, request.max_length)
+    if isinstance(parsed, PicturePair):
+        return [render_caption(caption, tokenizer) for caption in parsed.captions]
     if not isinstance(parsed, list):
         raise InvalidInput(f"rows of the kind {kind_of(parsed)} are not made of tokens alone")
     return [render(parsed, tokenizer, template, request.train_on)]

@@ -1,7 +1,7 @@
 """Presets: named settings that a job may begin from. What the job says itself stands; a preset fills in what it leaves out.
 
 The guide-* presets are the recipes of the tutorial that many teams start with, in its own numbers, so that a result can be
-compared with theirs. strop's own defaults (core/spec.py) are what we would choose.
+compared with theirs. strop's own defaults (core/spec) are what we would choose.
 """
 
 from typing import Any

@@ -259,8 +259,8 @@ class PlanRecord(Record):
     steps: int | None
     tokens: list[TokenCounts]
     rows_at_once: int = Field(description="batch.micro_batch_size, or what auto comes to on the worker with the largest budget.")
-    trainable_parameters: int
-    memory: MemoryEstimate
+    trainable_parameters: int | None = Field(description="Null where there is no estimate of memory.")
+    memory: MemoryEstimate | None = Field(description="Null for tasks that there is no estimate for yet; a warning says so.")
     refinement: Refinement | None = Field(
         default=None, description="How measured peaks changed `memory`; null while no run of this kind has finished."
     )

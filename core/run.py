@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from core.records import TokenCounts
-from core.spec import DATA_KINDS, DataKind, DataSpec, JobSpec, Objective, SftObjective
+from core.spec import DATA_KINDS, PICTURE_KINDS, DataKind, DataSpec, JobSpec, Objective, SftObjective
 
 RUN_FILE = "run.json"
 ANSWERS_FILE = "answers.jsonl"
@@ -29,6 +29,7 @@ JUDGED_ANSWERS = 64
 """At most so many answers are written for the judge model: each is a call, and the worker waits for it."""
 
 TOKEN_CACHE_KIND = "tokens"
+PICTURE_CACHE_KIND = "pictures"
 CHECKPOINT_KIND = "checkpoint"
 
 TrainOn = Literal["last_turn", "all_turns", "everything"]
@@ -42,6 +43,7 @@ class _HandOver(BaseModel):
 class TokenCacheRef(_HandOver):
     dataset_id: str
     folder: Path
+    pictures: Path | None = Field(default=None, description="The picture cache of the same rows, where they have pictures.")
     weight: float
 
 
@@ -113,6 +115,9 @@ def read_counts(work_dir: Path) -> TokenCounts:
     return TokenCounts.model_validate_json((work_dir / COUNTS_FILE).read_bytes())
 
 
+DECODER_VERSION = 1
+"""Raised when decoding or resizing would make other pixels from the same files: old caches are then no longer found."""
+
 RENDERER_VERSION = 1
 """Raised when the renderer would make other tokens from the same rows: old caches are then no longer found."""
 
@@ -140,4 +145,15 @@ def token_key(dataset_sha256: str, tokenizer_digest: str, data: DataSpec, object
         train_on if kind == "conversation" else kind,
         *([data.new_tokens] if data.new_tokens else []),
     ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+
+
+def picture_key(dataset_sha256: str, processor_digest: str | None, objective: Objective) -> str | None:
+    """Name of a picture cache, likewise: of one dataset as one image processor makes its pictures. None for rows of text.
+
+    `processor_digest` is None for a model that takes no pictures.
+    """
+    if DATA_KINDS[objective.kind] not in PICTURE_KINDS or processor_digest is None:
+        return None
+    parts = [DECODER_VERSION, dataset_sha256, processor_digest]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]

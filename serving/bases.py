@@ -15,6 +15,7 @@ import torch
 from sqlalchemy.orm import Session
 
 from core.adapter import Quantization
+from core.catalog import task_of
 from core.errors import InvalidInput, Problem
 from core.infer.adapters import AdaptedBase
 from core.infer.servable import Servable
@@ -69,6 +70,11 @@ def resolve_bases(session: Session, words: Sequence[str]) -> list[WantedBase]:
         Problem("unknown-model", f"{word}: no model {name} is registered (registered: {registered})")
         for word, name, _, _ in parsed
         if name not in found
+    ]
+    problems += [
+        Problem("wrong-task", f"{word}: {name} is a model for task {task}, which endpoints do not serve yet")
+        for word, name, _, _ in parsed
+        if name in found and (task := task_of((found[name].config.get("architectures") or ["unknown"])[0])) != "causal_lm"
     ]
     if not words:
         problems.append(Problem("no-bases", f"it is empty: name at least one model (registered: {registered})"))

@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from core.adapter import AdapterFacts
-from core.errors import NotFound
+from core.errors import Conflict, NotFound
 from core.records import AdapterRecord, AdapterVersionRecord, CheckpointRecord, ReceiptRecord
 from store.ids import new_id
 from store.nodes import LIVE_SECONDS
@@ -82,8 +82,14 @@ def add_version(
 
 
 def deploy(session: Session, project_id: str, adapter_id: str, version: int | None) -> int:
-    """Ask for a version (default: the newest) to be served. Returns its number. Again is no error. Raises NotFound."""
+    """Ask for a version (default: the newest) to be served. Returns its number. Again is no error.
+
+    Raises NotFound, and Conflict for a task that endpoints do not serve.
+    """
     row = find_version(session, project_id, adapter_id, version)
+    task = AdapterFacts.model_validate(row.facts).task
+    if task != "causal_lm":
+        raise Conflict(f"Version {row.version} is of task {task}, which endpoints do not serve yet: download it")
     _wish(session, row, DEPLOYED)
     _notify(session, adapter_id)
     return row.version

@@ -30,6 +30,10 @@ def tokens_key(dataset_id: str, key: str) -> str:
     return f"datasets/{dataset_id}/tokens/{key}"
 
 
+def pictures_key(dataset_id: str, key: str) -> str:
+    return f"datasets/{dataset_id}/pictures/{key}"
+
+
 def log_key(job_id: str, attempt: int) -> str:
     return f"jobs/{job_id}/{attempt}/log"
 

@@ -12,25 +12,38 @@ from sqlalchemy.orm import Session
 from core.errors import Conflict, NotFound
 from core.events import StatusChanged
 from core.records import JobRecord, RunRecord, TokenCounts
-from core.run import token_key
+from core.run import picture_key, token_key
 from core.spec import JobSpec, upgrade_spec
 from core.states import JOB_TRANSITIONS, JobStatus, Phase, Reason, RunStatus
 from store import events, outbox
 from store.ids import new_id
-from store.tables import Job, JobDataset, Run, TokenCache
+from store.tables import Job, JobDataset, PictureCache, Run, TokenCache
 
 
 def create_job(
-    session: Session, project_id: str, spec: JobSpec, *, dataset_digests: dict[str, str], tokenizer: str
+    session: Session,
+    project_id: str,
+    spec: JobSpec,
+    *,
+    dataset_digests: dict[str, str],
+    tokenizer: str,
+    processor: str | None = None,
 ) -> tuple[Job, outbox.Bell]:
-    """Insert a job and post its bell. Where all its tokens are cached it is queued, else the preparer gets it first."""
+    """Insert a job and post its bell. Where all that it reads is cached it is queued, else the preparer gets it first.
+
+    `tokenizer` and `processor` are the digests that the registry holds for its base model.
+    """
     keys = {
         ref.dataset_id: token_key(dataset_digests[ref.dataset_id], tokenizer, spec.data, spec.objective)
         for ref in spec.data.datasets
     }
-    rows = session.execute(select(TokenCache.key, TokenCache.dataset_id).where(TokenCache.key.in_(keys.values())))
-    cached = {(key, dataset_id) for key, dataset_id in rows}
-    ready = all((key, dataset_id) in cached for dataset_id, key in keys.items())
+    pictures = {dataset_id: picture_key(dataset_digests[dataset_id], processor, spec.objective) for dataset_id in keys}
+    wanted = {(key, dataset_id) for dataset_id, key in (*keys.items(), *pictures.items()) if key is not None}
+    cached = set()
+    for cache in (TokenCache, PictureCache):
+        rows = session.execute(select(cache.key, cache.dataset_id).where(cache.key.in_([key for key, _ in wanted])))
+        cached |= {(key, dataset_id) for key, dataset_id in rows}
+    ready = wanted <= cached
     status = JobStatus.QUEUED if ready else JobStatus.VALIDATING_FILES
     job = Job(
         id=new_id("job"),
@@ -45,7 +58,15 @@ def create_job(
     session.flush()
     session.refresh(job)
     for dataset_id, key in keys.items():
-        session.add(JobDataset(job_id=job.id, dataset_id=dataset_id, project_id=project_id, token_key=key))
+        session.add(
+            JobDataset(
+                job_id=job.id,
+                dataset_id=dataset_id,
+                project_id=project_id,
+                token_key=key,
+                picture_key=pictures[dataset_id],
+            )
+        )
     session.flush()
     events.append_status(session, job, StatusChanged(status=status))
     bell = outbox.Bell(outbox.RUN_JOB if ready else outbox.PREPARE_JOB, job.id)

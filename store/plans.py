@@ -56,6 +56,8 @@ def record_peak(
         return
     facts: dict[str, Any] = {"architecture": model.architecture, "parameters": model.parameters, "config": model.config}
     found = plan(spec, counts=counts, budget_gib=None, **facts)
+    if found.memory is None:
+        return
     work = work_of(spec, counts=counts, steps=found.steps, **facts)
     said = session.execute(
         select(Event.kind, Event.data).where(
@@ -97,7 +99,7 @@ def why_too_large(session: Session, spec: JobSpec, counts: list[TokenCounts] | N
     if node is None or node.budget_gib is None:
         return None
     found = plan_job(session, spec, counts, node)
-    if found is None or found.fits or found.fits is None:
+    if found is None or found.memory is None or found.fits or found.fits is None:
         return None
     if not found.ready and found.memory.weights_gib + found.memory.optimizer_gib <= node.budget_gib:
         return None

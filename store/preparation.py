@@ -5,7 +5,7 @@ starts after the first one's lease ran out makes the same files, and the last wr
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
@@ -16,7 +16,7 @@ from core.records import DatasetReport, TokenCounts
 from core.spec import JobSpec, upgrade_spec
 from core.states import DatasetStatus, JobStatus, Phase, Reason
 from store import jobs, nodes, outbox, plans
-from store.tables import Dataset, Job, JobDataset, TokenCache
+from store.tables import Dataset, Job, JobDataset, PictureCache, TokenCache
 
 MAX_TRIES = 3
 """An upload that took down its preparer so often is failed: it would take down the next one too."""
@@ -32,9 +32,10 @@ class DatasetClaim:
 
 
 @dataclass(frozen=True)
-class MissingTokens:
-    """A token cache that a job needs and nobody has made yet."""
+class MissingCache:
+    """A token or picture cache that a job needs and nobody has made yet."""
 
+    kind: Literal["tokens", "pictures"]
     dataset_id: str
     dataset_sha256: str
     key: str
@@ -46,7 +47,7 @@ class JobClaim:
     project_id: str
     spec: JobSpec
     boot_id: str
-    missing: list[MissingTokens]
+    missing: list[MissingCache]
 
 
 def claim_dataset(session: Session, dataset_id: str, *, boot_id: str, lease_seconds: float) -> DatasetClaim | None:
@@ -97,11 +98,25 @@ def claim_job(session: Session, job_id: str, *, boot_id: str, lease_seconds: flo
     if taken is None:
         return None
     needs = session.execute(
-        select(JobDataset.dataset_id, JobDataset.token_key, Dataset.sha256, Dataset.status, Dataset.report, TokenCache.key)
+        select(
+            JobDataset.dataset_id,
+            JobDataset.token_key,
+            JobDataset.picture_key,
+            Dataset.sha256,
+            Dataset.status,
+            Dataset.report,
+            TokenCache.key.label("tokens"),
+            PictureCache.key.label("pictures"),
+        )
         .join(Dataset, Dataset.id == JobDataset.dataset_id)
         .join(
             TokenCache,
             (TokenCache.key == JobDataset.token_key) & (TokenCache.dataset_id == JobDataset.dataset_id),
+            isouter=True,
+        )
+        .join(
+            PictureCache,
+            (PictureCache.key == JobDataset.picture_key) & (PictureCache.dataset_id == JobDataset.dataset_id),
             isouter=True,
         )
         .where(JobDataset.job_id == job_id)
@@ -118,7 +133,12 @@ def claim_job(session: Session, job_id: str, *, boot_id: str, lease_seconds: flo
     wrong = [why for dataset_id, report in reports if (why := report.wrong_kind(dataset_id, spec.objective))]
     if wrong:  # submit refuses these; a dataset that was not validated yet could be of any kind
         return fail_job(session, job_id, Reason.BAD_DATA, "; ".join(wrong))
-    missing = [MissingTokens(need.dataset_id, need.sha256, need.token_key) for need in needs if need.key is None]
+    missing = [MissingCache("tokens", need.dataset_id, need.sha256, need.token_key) for need in needs if need.tokens is None]
+    missing += [
+        MissingCache("pictures", need.dataset_id, need.sha256, need.picture_key)
+        for need in needs
+        if need.picture_key is not None and need.pictures is None
+    ]
     return JobClaim(job_id, taken.project_id, spec, boot_id, missing)
 
 
@@ -146,7 +166,7 @@ def release_dataset(session: Session, claim: DatasetClaim, *, counted: bool) -> 
             session.execute(update(Dataset).where(Dataset.id == claim.dataset_id).values(tries=Dataset.tries - 1))
 
 
-def record_tokens(session: Session, claim: JobClaim, missing: MissingTokens, counts: TokenCounts) -> None:
+def record_tokens(session: Session, claim: JobClaim, missing: MissingCache, counts: TokenCounts) -> None:
     """A token cache lies closed in the storage."""
     row = insert(TokenCache).values(
         key=missing.key,
@@ -154,6 +174,12 @@ def record_tokens(session: Session, claim: JobClaim, missing: MissingTokens, cou
         project_id=claim.project_id,
         counts=counts.model_dump(mode="json"),
     )
+    session.execute(row.on_conflict_do_nothing())
+
+
+def record_pictures(session: Session, claim: JobClaim, missing: MissingCache) -> None:
+    """A picture cache lies closed in the storage."""
+    row = insert(PictureCache).values(key=missing.key, dataset_id=missing.dataset_id, project_id=claim.project_id)
     session.execute(row.on_conflict_do_nothing())
 
 

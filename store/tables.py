@@ -95,6 +95,7 @@ class Model(Base):
     context_length: Mapped[int] = mapped_column(Integer)
     weights: Mapped[str]
     tokenizer: Mapped[str]
+    processor: Mapped[str | None] = mapped_column(comment="digest of how it takes pictures; null where it takes none")
     has_chat_template: Mapped[bool]
     config: Mapped[dict[str, Any]]
     folder: Mapped[str] = mapped_column(comment="name of its folder under STROP_MODELS")
@@ -129,6 +130,17 @@ class TokenCache(Base):
     dataset_id: Mapped[str] = mapped_column(ForeignKey("dataset.id"), primary_key=True)
     project_id: Mapped[str] = _project()
     counts: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = _created()
+
+
+class PictureCache(Base):
+    """The pictures of one dataset as one image processor makes them (core.run.picture_key)."""
+
+    __tablename__ = "picture_cache"
+
+    key: Mapped[str] = mapped_column(String(64), primary_key=True)
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("dataset.id"), primary_key=True)
+    project_id: Mapped[str] = _project()
     created_at: Mapped[datetime] = _created()
 
 
@@ -174,6 +186,7 @@ class JobDataset(Base):
     dataset_id: Mapped[str] = mapped_column(ForeignKey("dataset.id"), primary_key=True, index=True)
     project_id: Mapped[str] = _project()
     token_key: Mapped[str]
+    picture_key: Mapped[str | None] = mapped_column(comment="null for rows without pictures")
 
 
 class Run(Base):

@@ -93,3 +93,28 @@ def _write_tokenizer(folder: Path) -> tuple[int, int]:
     fast.chat_template = CHATML
     fast.save_pretrained(folder)
     return special.index("<|im_end|>"), special.index("<|pad|>")
+
+
+def build_tiny_clip(folder: Path, *, seed: int = 0, hidden: int = 32, side: int = 32, patch: int = 8, layers: int = 2) -> Path:
+    """A CLIP model folder: two small random towers, a byte-level tokenizer, an image processor that crops to `side` pixels."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[start, end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=end).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(folder)
+    tower = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers, "num_attention_heads": 2}
+    text = tower | {"vocab_size": 400, "max_position_embeddings": 40, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = CLIPConfig(text_config=text, vision_config=tower | {"image_size": side, "patch_size": patch}, projection_dim=hidden)
+    torch.manual_seed(seed)
+    CLIPModel(config).save_pretrained(folder)
+    return folder

@@ -1,4 +1,4 @@
-"""The preparer: what has to be known about data before a GPU is touched. Validates uploads, makes token caches.
+"""The preparer: what has to be known about data before a GPU is touched. Validates uploads, makes token and picture caches.
 
 Each piece of work runs in a child (`python -m core.prepare WORK_DIR`) that dies with this process; here it is claimed, fed,
 watched and recorded. The work depends on content alone, so doing it twice is harmless. A child that crashes over an upload
@@ -22,11 +22,14 @@ from core.manifest import verify_folder
 from core.records import DatasetReport, RowProblem
 from core.run import (
     LOG_FILE,
+    PICTURE_CACHE_KIND,
+    PICTURES_FOLDER,
     PREPARE_FILE,
     REPORT_FILE,
     ROWS_FILE,
     TOKEN_CACHE_KIND,
     TOKENS_FOLDER,
+    PicturesInput,
     PrepareInput,
     TokenizeInput,
     ValidateInput,
@@ -50,7 +53,7 @@ WALL_SECONDS = 6 * 3600.0
 """A child at work for so long counts as hung."""
 
 _LOOK_SECONDS = 0.05
-_TOKENIZE_TRIES = 2
+_CACHE_TRIES = 2
 
 
 class _Why(Enum):
@@ -90,7 +93,7 @@ class Preparer:
             shutil.rmtree(work, ignore_errors=True)
 
     def prepare(self, job_id: str) -> None:
-        """Make the token caches a job lacks, and queue it; or fail it with the reason."""
+        """Make the caches a job lacks, and queue it; or fail it with the reason."""
         context = self._context
         with context.database.transaction() as session:
             claim = preparation.claim_job(session, job_id, boot_id=context.boot_id, lease_seconds=context.settings.lease_seconds)
@@ -101,7 +104,7 @@ class Preparer:
         work = context.scratch.fresh(job_id)
         try:
             with self._lease(job_id, claim) as lease:
-                if all(self._tokenize(claim, missing, work, lease) for missing in claim.missing):
+                if all(self._make(claim, missing, work, lease) for missing in claim.missing):
                     self._queue(claim)
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -138,8 +141,8 @@ class Preparer:
             bells = preparation.finish_dataset(session, claim, report)
         self._context.doorbell.ring(bells)
 
-    def _tokenize(self, claim: preparation.JobClaim, missing: preparation.MissingTokens, work: Path, lease: Lease) -> bool:
-        """Make one token cache. False when the job does not go on from here."""
+    def _make(self, claim: preparation.JobClaim, missing: preparation.MissingCache, work: Path, lease: Lease) -> bool:
+        """Make one cache. False when the job does not go on from here."""
         context = self._context
         with context.database.transaction() as session:
             model = session.scalar(select(Model).where(Model.name == claim.spec.base_model))
@@ -147,22 +150,11 @@ class Preparer:
             self._fail(claim, Reason.BAD_SPEC, f"The base model {claim.spec.base_model} is no longer registered.")
             return False
         try:
-            rows = context.storage.fetch_file(files.rows_key(missing.dataset_id), work / f"{missing.dataset_id}.jsonl")
+            task = self._task(claim, missing, work, context.settings.models_folder / model.folder)
         except FileNotFoundError:
-            self._fail(claim, Reason.BAD_DATA, f"The rows of {missing.dataset_id} are gone from the storage.")
+            self._fail(claim, Reason.BAD_DATA, f"The files of {missing.dataset_id} are gone from the storage.")
             return False
-        data_kind, train_on = wanted_tokens(claim.spec.objective)
-        task = TokenizeInput(
-            dataset_id=missing.dataset_id,
-            rows=rows,
-            model_folder=context.settings.models_folder / model.folder,
-            template=claim.spec.data.template,
-            max_length=claim.spec.data.max_length,
-            data_kind=data_kind,
-            train_on=train_on,
-            new_tokens=claim.spec.data.new_tokens,
-        )
-        for _ in range(_TOKENIZE_TRIES):
+        for _ in range(_CACHE_TRIES):
             folder = context.scratch.fresh(claim.job_id, missing.dataset_id)
             why, code, output = self._run(folder, task, lease)
             if why is _Why.NOT_OURS:
@@ -171,26 +163,55 @@ class Preparer:
                 with context.database.transaction() as session:
                     preparation.release_job(session, claim)
                 return False
-            if why is _Why.ITSELF and code == 0 and self._keep_tokens(claim, missing, folder):
+            if why is _Why.ITSELF and code == 0 and self._keep(claim, missing, folder):
                 return True
             reason = EXIT_REASONS.get(code, Reason.INTERNAL_ERROR) if why is _Why.ITSELF else Reason.INTERNAL_ERROR
             if reason in (Reason.BAD_DATA, Reason.BAD_SPEC, Reason.NO_TRAINABLE_TOKENS):
                 self._fail(claim, reason, failures.last_line(output) or reason.facts.sentence)
                 return False
-            log.error("%s: tokenising crashed (%s, %d): %s", claim.job_id, why.value, code, failures.last_error(output))
+            said = failures.last_error(output)
+            log.error("%s: making %s crashed (%s, %d): %s", claim.job_id, missing.kind, why.value, code, said)
         self._fail(claim, Reason.INTERNAL_ERROR, f"The preparer failed over {missing.dataset_id}: {_words(why, code, output)}")
         return False
 
-    def _keep_tokens(self, claim: preparation.JobClaim, missing: preparation.MissingTokens, work: Path) -> bool:
-        folder = work / TOKENS_FOLDER
+    def _task(
+        self, claim: preparation.JobClaim, missing: preparation.MissingCache, work: Path, model_folder: Path
+    ) -> PrepareInput:
+        """Raises FileNotFoundError where the dataset's files are gone."""
+        storage, dataset_id = self._context.storage, missing.dataset_id
+        rows = storage.fetch_file(files.rows_key(dataset_id), work / f"{dataset_id}.jsonl")
+        if missing.kind == "pictures":
+            upload = storage.fetch_file(files.upload_key(dataset_id), work / f"{dataset_id}.upload")
+            return PicturesInput(dataset_id=dataset_id, upload=upload, rows=rows, model_folder=model_folder)
+        data_kind, train_on = wanted_tokens(claim.spec.objective)
+        return TokenizeInput(
+            dataset_id=dataset_id,
+            rows=rows,
+            model_folder=model_folder,
+            template=claim.spec.data.template,
+            max_length=claim.spec.data.max_length,
+            data_kind=data_kind,
+            train_on=train_on,
+            new_tokens=claim.spec.data.new_tokens,
+        )
+
+    def _keep(self, claim: preparation.JobClaim, missing: preparation.MissingCache, work: Path) -> bool:
+        """Store and record what the child left. False where that is not sound."""
+        database, storage = self._context.database, self._context.storage
         try:
-            verify_folder(folder, TOKEN_CACHE_KIND)
+            if missing.kind == "pictures":
+                verify_folder(work / PICTURES_FOLDER, PICTURE_CACHE_KIND)
+                storage.publish_folder(work / PICTURES_FOLDER, files.pictures_key(missing.dataset_id, missing.key))
+                with database.transaction() as session:
+                    preparation.record_pictures(session, claim, missing)
+                return True
+            verify_folder(work / TOKENS_FOLDER, TOKEN_CACHE_KIND)
             counts = read_counts(work)
         except (ArtifactError, FileNotFoundError, ValidationError) as error:
-            log.error("%s: token cache of %s refused: %s", claim.job_id, missing.dataset_id, error)
+            log.error("%s: %s of %s refused: %s", claim.job_id, missing.kind, missing.dataset_id, error)
             return False
-        self._context.storage.publish_folder(folder, files.tokens_key(missing.dataset_id, missing.key))
-        with self._context.database.transaction() as session:
+        storage.publish_folder(work / TOKENS_FOLDER, files.tokens_key(missing.dataset_id, missing.key))
+        with database.transaction() as session:
             preparation.record_tokens(session, claim, missing, counts)
         return True
 

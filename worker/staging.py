@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -16,7 +16,7 @@ from core.errors import ArtifactError
 from core.events import Warned
 from core.manifest import folder_digest, verify_folder
 from core.model_folder import verify_code
-from core.run import CHECKPOINT_KIND, TOKEN_CACHE_KIND, RunInput, TokenCacheRef
+from core.run import CHECKPOINT_KIND, PICTURE_CACHE_KIND, TOKEN_CACHE_KIND, RunInput, TokenCacheRef
 from core.states import Reason
 from store import files, jobs, plans, runs
 from store.tables import JobDataset, Model, WorkerNode
@@ -74,7 +74,8 @@ class _Staging:
             token_caches=[
                 TokenCacheRef(
                     dataset_id=ref.dataset_id,
-                    folder=self._token_cache(ref.dataset_id, keys[ref.dataset_id]),
+                    folder=self._cache(ref.dataset_id, "token", keys[ref.dataset_id].token_key),
+                    pictures=self._pictures(ref.dataset_id, keys[ref.dataset_id].picture_key),
                     weight=ref.weight,
                 )
                 for ref in spec.data.datasets
@@ -83,21 +84,25 @@ class _Staging:
             resume_from=self._checkpoint(),
         )
 
-    def _look_up(self, session: Session) -> tuple[Model | None, dict[str, str], int | None]:
+    def _look_up(self, session: Session) -> tuple[Model | None, dict[str, JobDataset], int | None]:
         model = session.scalar(select(Model).where(Model.name == self._claim.spec.base_model))
-        keys = select(JobDataset.dataset_id, JobDataset.token_key).where(JobDataset.job_id == self._claim.job_id)
+        reads = session.scalars(select(JobDataset).where(JobDataset.job_id == self._claim.job_id)).all()
         node = session.get(WorkerNode, self._claim.boot_id)
         counts = jobs.job_tokens(session, self._claim.job_id)
         rows = plans.rows_at_once(session, self._claim.spec, counts, node)
-        return model, {row.dataset_id: row.token_key for row in session.execute(keys)}, rows
+        return model, {read.dataset_id: read for read in reads}, rows
 
-    def _token_cache(self, dataset_id: str, key: str) -> Path:
+    def _pictures(self, dataset_id: str, key: str | None) -> Path | None:
+        return None if key is None else self._cache(dataset_id, "picture", key)
+
+    def _cache(self, dataset_id: str, what: Literal["token", "picture"], key: str) -> Path:
+        name, kind = (files.tokens_key, TOKEN_CACHE_KIND) if what == "token" else (files.pictures_key, PICTURE_CACHE_KIND)
         try:
-            folder = self._context.storage.fetch_folder(files.tokens_key(dataset_id, key))
-            verify_folder(folder, TOKEN_CACHE_KIND)
+            folder = self._context.storage.fetch_folder(name(dataset_id, key))
+            verify_folder(folder, kind)
         except (ArtifactError, FileNotFoundError) as error:
-            log.error("%s: token cache of %s: %s", self._claim.job_id, dataset_id, error)
-            raise Refused(Reason.BAD_ARTIFACT, f"The token cache of {dataset_id} is missing or damaged.") from None
+            log.error("%s: %s cache of %s: %s", self._claim.job_id, what, dataset_id, error)
+            raise Refused(Reason.BAD_ARTIFACT, f"The {what} cache of {dataset_id} is missing or damaged.") from None
         return folder
 
     def _checkpoint(self) -> Path | None:

@@ -77,7 +77,7 @@ def download_adapter(
     return StreamingResponse(stream_archive(services.storage, key, names, root), 200, headers, "application/gzip")
 
 
-@router.post("/adapters/{adapter_id}/deploy", dependencies=[needs("adapters:write")], responses=secured(404, 413, 415))
+@router.post("/adapters/{adapter_id}/deploy", dependencies=[needs("adapters:write")], responses=secured(404, 409, 413, 415))
 def deploy_adapter(
     services: ServicesDep,
     caller: CallerDep,

@@ -80,7 +80,12 @@ def create_job(services: ServicesDep, caller: CallerDep, spec: SpecBody, idempot
         submission = submit.check_submission(session, caller.project_id, spec, has_judge=services.settings.has_judge)
         submit.check_size(session, submission)
         job, bell = jobs.create_job(
-            session, caller.project_id, spec, dataset_digests=submission.digests, tokenizer=submission.model.tokenizer
+            session,
+            caller.project_id,
+            spec,
+            dataset_digests=submission.digests,
+            tokenizer=submission.model.tokenizer,
+            processor=submission.model.processor,
         )
         audit.record(session, caller.project_id, caller.key_id, "job.create", job.id, base_model=spec.base_model)
         record = jobs.job_record(session, job)

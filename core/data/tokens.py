@@ -46,15 +46,22 @@ class TokenRow(NamedTuple):
 
 
 def write_token_cache(
-    folder: Path, dataset_id: str, rows: Iterable[TokenRow], max_length: int, facts: dict[str, Any], group: int = 1
+    folder: Path,
+    dataset_id: str,
+    rows: Iterable[TokenRow],
+    max_length: int,
+    facts: dict[str, Any],
+    group: int = 1,
+    kept_end: int = 0,
 ) -> TokenCounts:
     """Write the closed folder and return its counts, which join `facts` and `group` in the manifest.
 
-    `rows` come in examples of `group` sequences each, those of one row of the upload behind one another. Sequences are cut
-    from the end at `max_length` tokens; an example of which one sequence is left without a trained token is dropped whole.
+    `rows` come in examples of `group` sequences each, those of one row of the upload behind one another. Sequences of more than
+    `max_length` tokens lose what stands before their last `kept_end` ones; an example of which one sequence is left without a
+    trained token is dropped whole.
     """
     with closed_folder(folder, TOKEN_CACHE_KIND, facts) as temporary:
-        counts = _write(temporary, dataset_id, rows, max_length, group)
+        counts = _write(temporary, dataset_id, rows, (max_length, kept_end), group)
         facts |= counts.model_dump(mode="json") | {"group": group}
     return counts
 
@@ -108,10 +115,10 @@ class TokenCache:
         return digest.hexdigest()
 
 
-def _write(folder: Path, dataset_id: str, rows: Iterable[TokenRow], max_length: int, group: int) -> TokenCounts:
+def _write(folder: Path, dataset_id: str, rows: Iterable[TokenRow], cut: tuple[int, int], group: int) -> TokenCounts:
     spools = (folder / "ids.spool", folder / "mask.spool")
     with spools[0].open("wb") as ids_file, spools[1].open("wb") as mask_file:
-        written = _Written(ids_file, mask_file, max_length)
+        written = _Written(ids_file, mask_file, *cut)
         for example in _examples(rows, group):
             written.take(example)
     _assemble(folder / TOKENS_FILE, written.offsets, written.numbers, spools)
@@ -148,6 +155,7 @@ class _Written:
     ids_file: BinaryIO
     mask_file: BinaryIO
     max_length: int
+    kept_end: int
     offsets: "array[int]" = field(default_factory=lambda: array("q", [0]))
     numbers: "array[int]" = field(default_factory=lambda: array("q"))
     rows: int = 0
@@ -162,7 +170,7 @@ class _Written:
     def take(self, example: list[TokenRow]) -> None:
         number = example[0].number
         lengths = [len(sequence.ids) for sequence in example]
-        masks = [np.asarray(sequence.mask[: self.max_length], np.uint8) for sequence in example]
+        masks = [np.asarray(self._cut_at_length(sequence.mask), np.uint8) for sequence in example]
         trained = [int(np.count_nonzero(mask)) for mask in masks]
         self.longest = max(self.longest, *lengths)
         self.rows += number != self._read
@@ -176,10 +184,15 @@ class _Written:
         self._kept = number
         self.trained += sum(trained)
         for sequence, mask in zip(example, masks, strict=True):
-            np.asarray(sequence.ids[: self.max_length], "<i4").tofile(self.ids_file)
+            np.asarray(self._cut_at_length(sequence.ids), "<i4").tofile(self.ids_file)
             mask.tofile(self.mask_file)
             self.offsets.append(self.offsets[-1] + len(mask))
             self.numbers.append(number)
+
+    def _cut_at_length(self, values: list[int]) -> list[int]:
+        if len(values) <= self.max_length:
+            return values
+        return [*values[: self.max_length - self.kept_end], *values[len(values) - self.kept_end :]]
 
 
 def _assemble(path: Path, offsets: "array[int]", numbers: "array[int]", spools: tuple[Path, Path]) -> None:

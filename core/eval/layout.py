@@ -6,7 +6,7 @@ gradient and loss stay those of the step. Both kinds are bounded by the same thi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -18,7 +18,9 @@ class Layout(Protocol):
         """The examples of one step as micro-batches."""
         ...
 
-    def collate(self, examples: Sequence[Example], device: torch.device) -> MicroBatch: ...
+    def collate(self, examples: Sequence[Example], device: torch.device) -> Any:
+        """A MicroBatch, or what a loss takes that is not of text alone."""
+        ...
 
     def halved(self, examples: Sequence[Example]) -> "Layout | None":
         """The same with half as much in memory at once as this step had; None when that can't be."""

@@ -19,7 +19,7 @@ from core.infer.pages import Pages, chain_key
 from core.infer.plain import PlainCompute
 
 if TYPE_CHECKING:
-    pass
+    from core.infer.gpu.compute import DeviceCompute
 
 PAGE = 16
 """Tokens of a page."""

@@ -9,7 +9,7 @@ after `load_base`, save when the loop has ended; the endpoint calls `load_adapte
 import json
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from core.catalog import task_of
 from core.errors import ArtifactError, BadSpec
-from core.model_folder import TOKENIZER_FILES
+from core.model_folder import PROCESSOR_FILES, TOKENIZER_FILES
 from core.models import mora, start
 from core.models.embeddings import TIED_WARNING, embedding_paths, install_embeddings, trained_modules
-from core.models.targets import find_targets, leaf, peft_pattern
+from core.models.targets import architecture_of, find_targets, leaf, peft_pattern
 from core.spec import LoraTuning, MoraTuning
 from core.tuning import Shapes, match_patterns, mora_size, tuning_problems
 
@@ -36,13 +37,15 @@ PREFIX = "base_model.model."
 _TRAINED = "default"
 
 
-def attach_adapter(model: Any, tuning: LoraTuning | MoraTuning, model_name: str) -> PeftModel:
+def attach_adapter(model: Any, tuning: LoraTuning | MoraTuning, model_name: str, *, within: Sequence[str] = ("",)) -> PeftModel:
     """Put a trainable fp32 adapter on a frozen base, which computes what it did until the first step.
+
+    It stands on modules under the paths `within` alone, whatever has the same names elsewhere.
 
     Raises BadSpec for target names that are no linear module of the model, for patterns that match none of the targets or
     contradict each other, and for a rank that the asked start can't have.
     """
-    targets = find_targets(model, tuning.target_modules)
+    targets = find_targets(model, tuning.target_modules, within)
     shapes = {path: (module.in_features, module.out_features) for path, module in targets.items()}
     if problems := tuning_problems(tuning, shapes):
         raise BadSpec("; ".join(f"tuning.{str(problem.pointer).split('/')[2]}: {problem.message}" for problem in problems))
@@ -56,12 +59,12 @@ def attach_adapter(model: Any, tuning: LoraTuning | MoraTuning, model_name: str)
         rank_pattern=peft_pattern(ranks, tuning.rank),
         alpha_pattern=peft_pattern(alphas, tuning.alpha),
         lora_dropout=tuning.dropout,
-        target_modules=list(dict.fromkeys(map(leaf, shapes))),
+        target_modules=_named(model, shapes),
         use_rslora=tuning.rslora,
         use_dora=tuning.dora,
         modules_to_save=embedding_paths(model, "tuning.train_embeddings") if tuning.train_embeddings else None,
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type=None if task_of(architecture_of(model)) == "contrastive" else "CAUSAL_LM",
     )
     adapted = _wrapped(model, config, model_name)
     if tuning.init != "default":
@@ -120,12 +123,20 @@ def save_full(model: Any, folder: Path, dtype: torch.dtype) -> None:
     model.save_pretrained(folder)
 
 
-def save_tokenizer(model_folder: Path, folder: Path, chat_template: str) -> None:
-    """Copy the tokenizer's files and write the template that was trained with, which a loader prefers to any other."""
+def save_tokenizer(model_folder: Path, folder: Path, chat_template: str | None) -> None:
+    """Copy the tokenizer's files and write the template that was trained with, if any, which a loader prefers to any other."""
     for name in TOKENIZER_FILES:
         if name != CHAT_TEMPLATE_FILE and (model_folder / name).is_file():
             shutil.copyfile(model_folder / name, folder / name)
-    (folder / CHAT_TEMPLATE_FILE).write_text(chat_template)
+    if chat_template is not None:
+        (folder / CHAT_TEMPLATE_FILE).write_text(chat_template)
+
+
+def save_processor(model_folder: Path, folder: Path) -> None:
+    """Copy what says how a picture becomes pixels."""
+    for name in PROCESSOR_FILES:
+        if (model_folder / name).is_file():
+            shutil.copyfile(model_folder / name, folder / name)
 
 
 def load_adapter(base_model: Any, folder: Path, adapter_name: str) -> PeftModel:
@@ -214,6 +225,16 @@ def _attach_mora(model: Any, tuning: MoraTuning, shapes: Shapes, model_name: str
     for _, layer in _layers(adapted):
         mora.install_square(layer, _TRAINED, tuning.rank)
     return adapted
+
+
+def _named(model: Any, targets: Shapes) -> list[str]:
+    """What peft is told of the targets: the last part of their paths, or their paths where others have the same last part.
+
+    peft takes a name for all modules whose path ends with it.
+    """
+    names = dict.fromkeys(map(leaf, targets))
+    meant = [path for path, _ in model.named_modules() if leaf(path) in names]
+    return list(names) if set(meant) == set(targets) else list(targets)
 
 
 def _wrapped(model: Any, config: LoraConfig, model_name: str, **options: Any) -> PeftModel:

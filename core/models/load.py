@@ -15,10 +15,10 @@ from typing import Any, Literal
 import bitsandbytes
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from core.adapter import BaseIdentity, Quantization
-from core.catalog import attention_kind
+from core.catalog import Task, attention_kind, task_of
 from core.errors import BadSpec
 from core.models.fp8 import Linear8bit, check_8bit, to_8bit
 from core.models.remote_code import check_remote_code, load_remote_code
@@ -49,14 +49,15 @@ def load_base(
     precision: Precision,
     device: torch.device,
     allow_remote_code: bool = False,
+    task: Task = "causal_lm",
 ) -> LoadedBase:
     """Load a model folder with every parameter frozen, in eval mode.
 
     `name` and `weights` are what the registry holds; they go into the identity unchecked. With `quantization` the linear
     layers but the head are 4-bit (QLoRA, arXiv 2305.14314) or 8-bit (LLM.int8(), 2208.07339; fp8) and all else keeps the compute
     dtype: nothing is raised to fp32, which would double the memory of embeddings and head. `allow_remote_code` is the word of
-    the model's registration, never of a spec. Raises BadSpec for a precision that the device lacks and for a model whose own
-    code doesn't do what is needed of it, and for fp8 on a GPU without it.
+    the model's registration, never of a spec. Raises BadSpec for a model that is not for the `task`, for a precision that the
+    device lacks, for a model whose own code doesn't do what is needed of it, and for fp8 on a GPU without it.
     """
     _silence_libraries()
     compute = resolve_precision(precision, device)
@@ -77,8 +78,11 @@ def load_base(
         model = load_remote_code(model_folder, options)
     else:
         config = json.loads((model_folder / "config.json").read_text())
-        attention = attention_kind((config.get("architectures") or ["unknown"])[0], config)
-        model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation=attention, **options)
+        architecture = (config.get("architectures") or ["unknown"])[0]
+        if task_of(architecture) != task:
+            raise BadSpec(f"{name} is a {architecture}, a model for task {task_of(architecture)}; what is asked for is {task}")
+        loader = AutoModel if task == "contrastive" else AutoModelForCausalLM
+        model = loader.from_pretrained(model_folder, attn_implementation=attention_kind(architecture, config), **options)
     if quantization == "fp8":
         to_8bit(model, device)
     _keep_cpu_gradients(model)

@@ -5,23 +5,30 @@ modules that were found, so that no user's text is ever read as a regular expres
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from core.catalog import FAMILIES
+from core.catalog import FAMILIES, TWO_TOWERS
 from core.errors import BadSpec
 from core.models.remote_code import linear_leaf_names
 
 V = TypeVar("V", int, float)
 
 
-def find_targets(model: Any, wanted: Literal["all-linear"] | list[str]) -> dict[str, torch.nn.Linear]:
-    """Path -> module. Raises BadSpec for names that are no linear module of the model."""
+def find_targets(
+    model: Any, wanted: Literal["all-linear"] | list[str], within: Sequence[str] = ("",)
+) -> dict[str, torch.nn.Linear]:
+    """Path -> module. Only modules under one of the paths `within` may be found; the empty path is the whole model.
+
+    Raises BadSpec for names that are no linear module there.
+    """
     linear: dict[str, torch.nn.Linear] = {}
     other: set[str] = set()
     for path, module in model.named_modules():
+        if not any(part in ("", path) or path.startswith(f"{part}.") for part in within):
+            continue
         if isinstance(module, torch.nn.Linear):
             linear[path] = module
         else:
@@ -60,6 +67,13 @@ def leaf(path: str) -> str:
     return path.rpartition(".")[2]
 
 
+def architecture_of(model: Any) -> str:
+    """What the model's config calls itself; "unknown" where it says nothing."""
+    return str((model.config.architectures or ["unknown"])[0])
+
+
 def _all_linear(model: Any) -> list[str]:
-    architecture = (model.config.architectures or ["unknown"])[0]
+    architecture = architecture_of(model)
+    if architecture in TWO_TOWERS:
+        return list(TWO_TOWERS[architecture].linear_modules)
     return list(FAMILIES[architecture].linear_modules) if architecture in FAMILIES else linear_leaf_names(model)

@@ -3,20 +3,42 @@
 from collections.abc import Sequence
 from typing import Any
 
-from core.catalog import FAMILIES, can_pack
+from core.catalog import FAMILIES, TWO_TOWERS, TwoTowers, can_pack, task_of
 from core.errors import Problem
 from core.plan.shape import model_shape, targets_of
-from core.spec import FullTuning, JobSpec, LoraTuning, MoraTuning
+from core.spec import JobSpec, LoraTuning, MoraTuning
 from core.tuning import tuning_problems
 
 
 def check_spec(spec: JobSpec, *, architecture: str, context_length: int, config: dict[str, Any]) -> list[Problem]:
     """Every reason why this model can't do what the spec asks; empty when it can. Ranges are the spec's own business."""
+    task = task_of(architecture)
+    if task != spec.task:
+        message = f"{spec.base_model} is a {architecture}, a model for task {task}, not {spec.task}"
+        return [Problem("wrong-task", message, pointer="/task")]
+    towers = TWO_TOWERS.get(architecture)
+    if towers is not None:
+        problems = _tower_problems(spec, towers)
+    else:
+        problems = _decoder_problems(spec, architecture, context_length, config)
+    if spec.eval.every_steps is not None and not spec.data.eval_rows:
+        message = "there is nothing to evaluate on: set data.eval_rows"
+        problems.append(Problem("no-eval-rows", message, pointer="/eval/every_steps"))
+    seen = set()
+    for number, ref in enumerate(spec.data.datasets):
+        if ref.dataset_id in seen:
+            message = "the dataset is named twice; use its weight instead"
+            problems.append(Problem("duplicate-dataset", message, pointer=f"/data/datasets/{number}/dataset_id"))
+        seen.add(ref.dataset_id)
+    return problems
+
+
+def _decoder_problems(spec: JobSpec, architecture: str, context_length: int, config: dict[str, Any]) -> list[Problem]:
     problems = []
     if spec.data.max_length > context_length:
         message = f"{spec.base_model} reads at most {context_length} tokens, not {spec.data.max_length}"
         problems.append(Problem("max-length-exceeds-context", message, pointer="/data/max_length"))
-    if not isinstance(spec.tuning, FullTuning):
+    if isinstance(spec.tuning, LoraTuning | MoraTuning):
         shape = model_shape(architecture, config)
         unknown = _unknown_targets(spec.base_model, spec.tuning, list(shape.linear))
         problems += unknown
@@ -34,16 +56,16 @@ def check_spec(spec: JobSpec, *, architecture: str, context_length: int, config:
     if spec.memory.fused_layers and (obstacle is not None or not FAMILIES[architecture].fused):
         message = f"{spec.base_model}: {obstacle or f'{FAMILIES[architecture].name} has no fused layers'}"
         problems.append(Problem("fused-layers-impossible", message, pointer="/memory/fused_layers"))
-    if spec.eval.every_steps is not None and not spec.data.eval_rows:
-        message = "there is nothing to evaluate on: set data.eval_rows"
-        problems.append(Problem("no-eval-rows", message, pointer="/eval/every_steps"))
-    seen = set()
-    for number, ref in enumerate(spec.data.datasets):
-        if ref.dataset_id in seen:
-            message = "the dataset is named twice; use its weight instead"
-            problems.append(Problem("duplicate-dataset", message, pointer=f"/data/datasets/{number}/dataset_id"))
-        seen.add(ref.dataset_id)
     return problems
+
+
+def _tower_problems(spec: JobSpec, towers: TwoTowers) -> list[Problem]:
+    # Paths and shapes are the child's to know; names can be told from the catalogue.
+    if not isinstance(spec.tuning, LoraTuning | MoraTuning):
+        return []
+    locked = spec.pictures is not None and spec.pictures.image_tower == "locked"
+    projections = [towers.text[-1]] if locked else towers.projections
+    return _unknown_targets(spec.base_model, spec.tuning, [*towers.linear_modules, *projections])
 
 
 def _unknown_targets(model: str, tuning: LoraTuning | MoraTuning, known: Sequence[str]) -> list[Problem]:

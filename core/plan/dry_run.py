@@ -40,6 +40,8 @@ def plan(
         eval_rows = min(spec.data.eval_rows, usable)
         train_rows = usable - eval_rows
         steps = steps_of(spec, counts, eval_rows) if train_rows else 0
+    if spec.task == "contrastive":
+        return _without_estimate(spec, counts, budget_gib)
     kind = find_gpu(gpu)
 
     def work(of: JobSpec) -> Work:
@@ -80,6 +82,37 @@ def plan(
     )
 
 
+def _without_estimate(spec: JobSpec, counts: list[TokenCounts] | None, budget_gib: float | None) -> PlanRecord:
+    """Steps alone: what the towers of pictures need has not been worked out, so nothing is held against any worker."""
+    train_rows = eval_rows = steps = None
+    warnings = [f"there is no estimate of memory and time for task {spec.task} yet: no worker is held to be too small for it"]
+    if counts is not None:
+        examples, pictures = sum(c.examples for c in counts), sum(c.rows for c in counts)
+        # What is held out are pictures, and with them all their captions.
+        eval_rows = min(round(spec.data.eval_rows * examples / pictures), examples)
+        train_rows = examples - eval_rows
+        steps = steps_of(spec, counts, eval_rows) if train_rows else 0
+        warnings += _data_warnings(spec, counts, train_rows, steps)
+    return PlanRecord(
+        ready=counts is not None,
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        steps=steps,
+        tokens=counts or [],
+        rows_at_once=spec.batch.rows_at_once,
+        trainable_parameters=None,
+        memory=None,
+        budget_gib=budget_gib,
+        fits=None,
+        knobs=[],
+        total_tokens=None,
+        gpu=None,
+        step_seconds=None,
+        seconds=None,
+        warnings=warnings,
+    )
+
+
 def _warnings(
     spec: JobSpec,
     counts: list[TokenCounts] | None,
@@ -107,7 +140,13 @@ def _warnings(
     rows = spec.batch.step_rows
     if not 16 <= rows <= 64:
         yield f"{rows} rows per step (micro_batch_size × gradient_accumulation_steps) is outside the usual 16 to 64"
-    for count in counts or []:
+    yield from _data_warnings(spec, counts or [], train_rows, steps)
+    if budget_gib is not None and memory.total_gib > budget_gib:
+        yield does_not_fit(memory, budget_gib, knobs)
+
+
+def _data_warnings(spec: JobSpec, counts: list[TokenCounts], train_rows: int | None, steps: int | None) -> Iterator[str]:
+    for count in counts:
         if count.truncated_rows:
             cut = f"{count.truncated_rows} of {count.rows} rows are longer than data.max_length {spec.data.max_length}"
             yield f"{count.dataset_id}: {cut} and lose their end (the longest has {count.longest} tokens)"
@@ -117,8 +156,6 @@ def _warnings(
         yield f"data.eval_rows {spec.data.eval_rows} leaves no row to train on: the job would fail"
     if steps and spec.schedule.warmup_steps >= steps:
         yield f"schedule.warmup_steps {spec.schedule.warmup_steps} covers all {steps} steps: the full learning rate comes last"
-    if budget_gib is not None and memory.total_gib > budget_gib:
-        yield does_not_fit(memory, budget_gib, knobs)
 
 
 def does_not_fit(memory: MemoryEstimate, budget_gib: float, knobs: list[Knob]) -> str:

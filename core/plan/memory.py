@@ -162,7 +162,7 @@ def _kept_by_gate(work: Work, kernels: bool) -> float:
 def _kept_by_readers(work: Work) -> float:
     """Inputs of matrix products that train something. Attention's result is kept by attention."""
     shape, size, tuning = work.shape, work.compute_bytes, work.spec.tuning
-    if isinstance(tuning, FullTuning):
+    if not isinstance(tuning, LoraTuning | MoraTuning):
         if size == 4:
             return size * (2 * shape.hidden + shape.intermediate)
         # The stream is fp32: autocast makes a copy for every module that reads it.

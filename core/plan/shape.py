@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.catalog import FAMILIES, REMOTE_CODE, attention_kind
-from core.spec import FullTuning, JobSpec, LoraTuning, MoraTuning
+from core.spec import JobSpec, LoraTuning, MoraTuning
 from core.tuning import Shapes, adapter_parameters
 
 READERS = {
@@ -120,7 +120,7 @@ def new_parameters(spec: JobSpec, shape: ModelShape) -> int:
 
 def trainable_parameters(spec: JobSpec, shape: ModelShape, parameters: int) -> int:
     """All of them, new tokens' included; or those of the adapter, and those of embedding and head that train beside it."""
-    if isinstance(spec.tuning, FullTuning):
+    if not isinstance(spec.tuning, LoraTuning | MoraTuning):
         return parameters
     adapter = adapter_parameters(spec.tuning, targets_of(shape, spec.tuning)) + new_parameters(spec, shape)
     if isinstance(spec.tuning, LoraTuning) and spec.tuning.train_embeddings:

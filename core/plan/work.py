@@ -19,6 +19,8 @@ from core.spec import (
     FullTuning,
     Int8Quantization,
     JobSpec,
+    LoraTuning,
+    MoraTuning,
     Nf4Quantization,
     ScheduleSpec,
 )
@@ -89,7 +91,8 @@ class Work:
     @property
     def adapted(self) -> list[str]:
         """Leaf names of a layer's modules with an adapter; none in full tuning."""
-        return [] if isinstance(self.spec.tuning, FullTuning) else adapted_modules(self.shape, self.spec.tuning)
+        tuning = self.spec.tuning
+        return adapted_modules(self.shape, tuning) if isinstance(tuning, LoraTuning | MoraTuning) else []
 
     @property
     def is_full(self) -> bool:

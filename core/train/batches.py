@@ -17,6 +17,7 @@ from core.errors import BadData, NoTrainableTokens
 from core.eval.rows import Example, Row, trained_tokens
 from core.plan import count_steps
 from core.spec import BatchSpec, ScheduleSpec
+from core.train.pairs import PairRows
 
 Place = tuple[int, int]
 """(dataset, example in its cache)"""
@@ -25,7 +26,7 @@ _STEPS_SORTED_TOGETHER = 50
 
 
 class Rows(Protocol):
-    """A token cache, open. An example is one row, or the pair (chosen, rejected)."""
+    """A token cache, open, or PairRows. An example is one row, or the pair (chosen, rejected)."""
 
     def __len__(self) -> int: ...
 
@@ -49,25 +50,29 @@ class TrainingRows:
     """The training split, in the order it is trained, and the held-out rows.
 
     Held-out rows are drawn by the seed from the distinct contents of all datasets: rows with equal tokens and mask all
-    leave the training split with the one that is held out. Raises NoTrainableTokens when no row has a target, BadData when
+    leave the training split with the one that is held out. Of pictures with captions it is pictures that are drawn, each with
+    all of its captions, so that none is half known; and the last step of an epoch is filled up with what the next one begins
+    with, since the loss of fewer pairs is another loss. Raises NoTrainableTokens when no row has a target, BadData when
     `eval_rows` leaves none to train on. "Row" means example throughout: a preference's pair counts as one.
     """
 
     def __init__(self, datasets: Sequence[WeightedRows], *, eval_rows: int, batch: BatchSpec, seed: int) -> None:
         contents = _by_content(datasets)
+        self._has_pairs = any(isinstance(dataset.rows, PairRows) for dataset in datasets)
         if not contents:
             raise NoTrainableTokens("none of the datasets' rows holds a token to train on")
         if eval_rows >= len(contents):
-            raise BadData(f"data.eval_rows: {eval_rows} of {len(contents)} distinct rows with a target leaves none to train on")
+            what = "pictures" if self._has_pairs else "rows with a target"
+            raise BadData(f"data.eval_rows: {eval_rows} of {len(contents)} distinct {what} leaves none to train on")
         order = np.random.default_rng([seed, 0]).permutation(len(contents))
         groups = list(contents.values())
         held = [groups[i] for i in sorted(order[:eval_rows])]
-        gone = {place for group in held for place in group}
+        gone = {place for group in held for places in group.values() for place in places}
         self._datasets = [dataset.rows for dataset in datasets]
         self._references: list[np.ndarray] | None = None
-        self._held = [places[0] for places in held]
-        self.eval_count = len(held)
-        kept = sorted(place for group in groups for place in group if place not in gone)
+        self._held = [places[0] for group in held for places in group.values()]
+        self.eval_count = len(self._held)
+        kept = sorted(place for group in groups for places in group.values() for place in places if place not in gone)
         self._sources = []
         for number, dataset in enumerate(datasets):
             numbers = np.array([n for d, n in kept if d == number], dtype=np.int64)
@@ -105,7 +110,12 @@ class TrainingRows:
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._order_of(epoch))
         first = window * self.rows_per_step
-        return [self._example(place) for place in self._epoch[1][first : first + self.rows_per_step]]
+        places = self._epoch[1][first : first + self.rows_per_step]
+        if self._has_pairs and len(places) < self.rows_per_step:
+            there = set(places)
+            more = [place for place in dict.fromkeys(self._order_of(epoch + 1)) if place not in there]
+            places = places + more[: self.rows_per_step - len(places)]
+        return [self._example(place) for place in places]
 
     def first_row(self) -> Example:
         return self._example(self._order_of(0)[0])
@@ -126,8 +136,11 @@ class TrainingRows:
 
     def _example(self, place: Place) -> Example:
         dataset, number = place
+        rows = self._datasets[dataset]
+        if isinstance(rows, PairRows):
+            return rows.pair(number)
         reference = () if self._references is None else tuple(self._references[dataset][number].tolist())
-        return Example(self._datasets[dataset].example(number), reference)
+        return Example(rows.example(number), reference)
 
     def _order_of(self, epoch: int) -> list[Place]:
         rng = np.random.default_rng([self._seed, 1, epoch])
@@ -151,9 +164,12 @@ class TrainingRows:
         return [place for i in rng.permutation(len(steps)) for place in steps[i]] + [p for step in short for p in step]
 
 
-def _by_content(datasets: Sequence[WeightedRows]) -> dict[bytes, list[Place]]:
-    """Digest of (ids, mask) -> the places that hold it, examples without a target left out."""
-    contents: dict[bytes, list[Place]] = {}
+def _by_content(datasets: Sequence[WeightedRows]) -> dict[bytes, dict[bytes, list[Place]]]:
+    """What is held out together -> digest of (ids, mask, picture) -> the places that hold it, examples without a target left out.
+
+    Rows of text stand by themselves, captions with the others of their picture.
+    """
+    contents: dict[bytes, dict[bytes, list[Place]]] = {}
     for number, dataset in enumerate(datasets):
         for row in range(len(dataset.rows)):
             sequences = dataset.rows.example(row)
@@ -163,13 +179,17 @@ def _by_content(datasets: Sequence[WeightedRows]) -> dict[bytes, list[Place]]:
             for ids, mask in sequences:
                 digest.update(ids.astype("<i4").tobytes())
                 digest.update(mask.astype(np.uint8).tobytes())
-            contents.setdefault(digest.digest(), []).append((number, row))
+            picture = dataset.rows.picture(row) if isinstance(dataset.rows, PairRows) else b""
+            digest.update(picture)
+            content = digest.digest()
+            contents.setdefault(picture or content, {}).setdefault(content, []).append((number, row))
     return contents
 
 
-def _fingerprint(contents: dict[bytes, list[Place]], seed: int, weights: list[float]) -> str:
+def _fingerprint(contents: dict[bytes, dict[bytes, list[Place]]], seed: int, weights: list[float]) -> str:
     digest = hashlib.sha256(repr((seed, weights)).encode())
-    for content, places in contents.items():
-        digest.update(content)
-        digest.update(repr(places).encode())
+    for group in contents.values():
+        for content, places in group.items():
+            digest.update(content)
+            digest.update(repr(places).encode())
     return digest.hexdigest()

@@ -18,6 +18,7 @@ from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
 
 from core.adapter import BaseIdentity
+from core.data.pictures.cache import PictureCache
 from core.data.tokenizer import NewToken, Tokenizer
 from core.data.tokens import TokenCache
 from core.errors import BadSpec
@@ -29,9 +30,10 @@ from core.models.adapt import attach_adapter
 from core.models.fp8 import rows_unrounded
 from core.models.load import load_base, pick_device, quantization_name, resolve_precision
 from core.models.vocabulary import extend_vocabulary, install_rows
-from core.run import RunInput
-from core.spec import FullTuning, JobSpec, LoraTuning, Objective, ScheduleSpec, with_rows_at_once
-from core.train.batches import TrainingRows, WeightedRows
+from core.run import RunInput, TokenCacheRef
+from core.spec import FullTuning, JobSpec, LoraTuning, MoraTuning, Objective, ProjectionTuning, ScheduleSpec, with_rows_at_once
+from core.train.batches import Rows, TrainingRows, WeightedRows
+from core.train.contrast import Contrast
 from core.train.device import make_accelerator, out_of_memory_named, seed_everything
 from core.train.fused.elementwise import PLAIN, Elementwise
 from core.train.fused.install import (
@@ -44,6 +46,7 @@ from core.train.fused.install import (
 )
 from core.train.losses import LOSSES, ExampleLosses, Loss, sequence_nats
 from core.train.optim import build_optimizer
+from core.train.pairs import PairChunks, PairRows
 from core.train.selection import Selection
 from core.train.tier import (
     Choice,
@@ -58,7 +61,9 @@ from core.train.tier import (
     restored_on_failure,
     rounded_otherwise,
 )
+from core.train.two_towers import build_contrast
 from core.train.watchdog import Watchdog
+from core.vision.contrastive import hold_log_scale
 
 _EXAMPLE_TOKENS = 256
 _PROBED_EXAMPLES = 4
@@ -72,7 +77,7 @@ class LaidOut:
     step: int
     layout: Layout
     examples: list[Example]
-    batches: list[MicroBatch]
+    batches: list[Any]  # MicroBatch, or PairBatch
 
 
 @dataclass
@@ -96,6 +101,8 @@ class Training:
     watchdog: Watchdog
     selection: Selection
     warnings: list[Warned]
+    contrast: Contrast | None = None
+    """Where pairs are trained, by whole steps; `loss` has no say then."""
     has_halved: bool = False
     """The GPU's memory was too small for the layout once; there is no second time."""
     ahead: LaidOut | None = None
@@ -155,7 +162,7 @@ def build_training(run: RunInput) -> Training:
 def _build(run: RunInput, plain_because: str | None = None) -> Training:
     spec = run.spec if run.rows_at_once is None else with_rows_at_once(run.spec, run.rows_at_once)
     device = pick_device(run.device)
-    caches = [WeightedRows(TokenCache.open(ref.folder), ref.weight) for ref in run.token_caches]
+    caches = [WeightedRows(_opened(ref), ref.weight) for ref in run.token_caches]
     rows = TrainingRows(caches, eval_rows=spec.data.eval_rows, batch=spec.batch, seed=spec.seed)
     total_steps = rows.total_steps(spec.schedule)
     seed_everything(spec.seed, device)
@@ -163,13 +170,20 @@ def _build(run: RunInput, plain_because: str | None = None) -> Training:
     tokenizer = Tokenizer.from_folder(run.model_folder, spec.data.new_tokens)
     if tokenizer.new:
         extend_vocabulary(base_model, {token.id: token.pieces for token in tokenizer.new})
-    choice = choose_tier(spec, base_model.config, device, base.compute_dtype)
+    is_text = spec.task == "causal_lm"
+    two_towers = Choice("plain", "two towers, as they are")
+    choice = choose_tier(spec, base_model.config, device, base.compute_dtype) if is_text else two_towers
     if plain_because is not None:
         choice = Choice("plain", plain_because)
     accelerator = make_accelerator(device, base.compute_dtype)
-    if LOSSES[spec.objective.kind].needs_reference:
-        _measure_references(base_model, rows, spec, device, accelerator)
-    model = _tuned(base_model, spec, tokenizer.new)
+    contrast = None
+    if is_text:
+        if LOSSES[spec.objective.kind].needs_reference:
+            _measure_references(base_model, rows, spec, device, accelerator)
+        model = _tuned(base_model, spec, tokenizer.new)
+    else:
+        compute = accelerator.autocast
+        model, contrast = build_contrast(base_model, spec, run.model_folder, tokenizer, rows, device, compute)
     if spec.memory.checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise BadSpec(f"memory.checkpointing: the code of {spec.base_model} does not offer it")
@@ -199,11 +213,15 @@ def _build(run: RunInput, plain_because: str | None = None) -> Training:
         learning_rate=spec.optim.learning_rate,
         max_grad_norm=spec.optim.max_grad_norm,
         choice=choice,
-        layout=layout_of(spec, choice.tier),
+        layout=layout_of(spec, choice.tier) if is_text else PairChunks(spec.batch.rows_at_once),
         watchdog=Watchdog(spec.objective, rows_differ=rows.distinct_rows > rows.rows_per_step),
         selection=Selection(spec.eval.metric, keep_best=spec.eval.keep_best, early_stopping=spec.eval.early_stopping),
         warnings=[*_warnings(spec, device, total_steps), *_unused_tokens(tokenizer.new, rows)],
+        contrast=contrast,
     )
+    if contrast is not None and contrast.log_scale.requires_grad:
+        log_scale = contrast.log_scale
+        training.optimizer.optimizer.register_step_post_hook(lambda *_: hold_log_scale(log_scale))
     if choice.tier == "packed":
         _enter_packed(training, spec)
     if spec.memory.compile:
@@ -235,10 +253,15 @@ def render_example(tokenizer: Tokenizer, rows: TrainingRows) -> list[tuple[str, 
     return [(tokenizer.decode(tokens, skip_special=False), trained) for tokens, trained in pieces]
 
 
+def _opened(ref: TokenCacheRef) -> Rows:
+    tokens = TokenCache.open(ref.folder)
+    return tokens if ref.pictures is None else PairRows(tokens, PictureCache.open(ref.pictures))
+
+
 def _load(run: RunInput, device: torch.device) -> tuple[Any, BaseIdentity]:
     spec = run.spec
     precision = resolve_precision(spec.memory.precision, device)
-    is_full = isinstance(spec.tuning, FullTuning)
+    is_full = isinstance(spec.tuning, FullTuning | ProjectionTuning)
     loaded = load_base(
         run.model_folder,
         name=spec.base_model,
@@ -248,6 +271,7 @@ def _load(run: RunInput, device: torch.device) -> tuple[Any, BaseIdentity]:
         precision="fp32" if is_full else precision,
         device=device,
         allow_remote_code=run.allow_remote_code,
+        task=spec.task,
     )
     return loaded.model, loaded.identity.model_copy(update={"compute_dtype": precision})
 
@@ -256,6 +280,7 @@ def _tuned(base_model: Any, spec: JobSpec, new_tokens: Sequence[NewToken]) -> An
     if isinstance(spec.tuning, FullTuning):
         base_model.requires_grad_(True)
         return base_model
+    assert isinstance(spec.tuning, LoraTuning | MoraTuning)
     adapted = attach_adapter(base_model, spec.tuning, spec.base_model)
     if new_tokens and not (isinstance(spec.tuning, LoraTuning) and spec.tuning.train_embeddings):
         install_rows(adapted.get_base_model(), new_tokens[0].id, len(new_tokens))

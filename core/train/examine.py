@@ -19,6 +19,8 @@ from core.infer.progress import FinishReason
 from core.run import JUDGED_ANSWERS, RunInput
 from core.spec import DATA_KINDS
 from core.train.build import Training
+from core.train.contrast import Contrast
+from core.train.pairs import PairChunks
 from core.train.tier import plain_attention
 
 
@@ -38,6 +40,8 @@ def prepare_examination(training: Training, run: RunInput) -> Examination:
     """Raises BadData when no held-out row holds a prompt and a whole answer, BadSpec for a panel the template refuses."""
     spec = run.spec
     tokenizer = training.tokenizer
+    if training.contrast is not None:
+        return Examination([], [], 0, 0, tokenizer, ())
     template = choose_template(spec.data.template, tokenizer)
     ends = stop_ids(tokenizer, template)
     questions: list[Question] = []
@@ -57,6 +61,10 @@ def prepare_examination(training: Training, run: RunInput) -> Examination:
 
 def examine(training: Training, asked: Examination, step: int) -> Generator[Evaluation | Answered, None, Evaluation]:
     """Yield an Evaluation and the answers of the model after `step` steps; return the Evaluation. Raises Diverged."""
+    if training.contrast is not None:
+        evaluation = _examine_pairs(training, training.contrast, step)
+        yield evaluation
+        return evaluation
     with training.adapters_uncast():
         measured = evaluate(
             training.model,
@@ -89,6 +97,17 @@ def examine(training: Training, asked: Examination, step: int) -> Generator[Eval
     if asked.panel:
         yield answers_event(step, "panel", asked.panel, _answers(training, asked, asked.panel, asked.panel_max_tokens))
     return evaluation
+
+
+def _examine_pairs(training: Training, contrast: Contrast, step: int) -> Evaluation:
+    pairs = training.rows.eval_rows
+    assert isinstance(training.layout, PairChunks)
+    with training.adapters_uncast():
+        measured = contrast.examine(training.model, pairs, training.layout, compute=training.compute)
+    if not math.isfinite(measured["eval_loss"]):
+        raise Diverged(f"the held-out loss after step {step} is {measured['eval_loss']}")
+    tokens = sum(example.trained_tokens for example in pairs)
+    return Evaluation(step=step, eval_trained_tokens=tokens, row_losses=[], **measured)
 
 
 def write_answers(training: Training, asked: Examination, path: Path) -> None:

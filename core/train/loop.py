@@ -189,6 +189,14 @@ def _gradients(training: Training, laid: LaidOut) -> Generator[Warned, None, _Ac
 
 
 def _accumulate(training: Training, laid: LaidOut) -> _Accumulated:
+    if training.contrast is not None:
+        training.optimizer.zero_grad()
+        with training.adapters_uncast():
+            return _Accumulated(
+                *training.contrast.backward(
+                    training.model, laid.batches, compute=training.compute, backward=training.accelerator.backward
+                )
+            )
     terms = training.kind.terms(laid.examples)
     total = torch.zeros((), dtype=torch.float64, device=training.device)
     curves: dict[str, torch.Tensor] = {}

@@ -23,12 +23,14 @@ from core.train.build import Training
 from core.train.fused.install import uninstall_fused
 from core.train.parity import measure_full, measure_lora, probe_sequences
 from core.train.tier import plain_attention
-
-TRAINING_FILE = "training.json"
+from core.train.towers_result import TRAINING_FILE, write_towers
 
 
 def write_result(training: Training, run: RunInput, folder: Path, *, step: int, eval_loss: float | None) -> None:
     """Write and close the adapter folder. The end of the training: weights are folded and cast to the compute dtype in place."""
+    if training.contrast is not None:
+        write_towers(training, training.contrast, run, folder, step=step, eval_loss=eval_loss)
+        return
     template = choose_template(run.spec.data.template, training.tokenizer)
     # An adapter for a vocabulary that its base doesn't have would fit no endpoint's base.
     is_adapter = isinstance(training.model, PeftModel) and not training.tokenizer.new

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from core.errors import GradientExploded, LossIsZero, LossStuck
-from core.spec import DpoObjective, Objective
+from core.spec import DpoObjective, InfoNceObjective, Objective
 
 ZERO_STEPS = 3
 LEARNED_BY_HEART = 1e-3
@@ -37,7 +37,10 @@ class Watchdog:
 
     def __init__(self, objective: Objective, *, rows_differ: bool) -> None:
         # A hinge is 0 as soon as every pair of a step is told apart well enough. That is success.
-        self._zero_is_reachable = isinstance(objective, DpoObjective) and objective.loss == "hinge"
+        # So is a step of pairs that all share one picture or caption, which has nothing to tell apart.
+        self._zero_is_reachable = isinstance(objective, InfoNceObjective) or (
+            isinstance(objective, DpoObjective) and objective.loss == "hinge"
+        )
         # DPO's loss is one constant (ln 2, 1 or 1/4β²) on every row until policy and reference part, which a long warm-up delays.
         self._loss_tells_rows_apart = rows_differ and not isinstance(objective, DpoObjective)
         self._losses: deque[float] = deque(maxlen=WINDOW)

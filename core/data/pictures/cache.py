@@ -1,9 +1,10 @@
 """The picture cache: a dataset's pictures at the size a model takes, in one closed folder that the trainer maps into memory.
 
-The preparer writes it once per (dataset, resize rule, decoder); nobody else decodes for training. `pixels.bin` holds the
-pictures end to end, uint8 [height, width, 3] each; `sizes.npy` int32 [pictures, 2] their heights and widths; `names.json` maps
-the name of every member to its picture's index. Pictures whose files are equal, byte for byte, are held once: the same index
-under two names also tells a contrastive loss that they are no negatives of each other.
+The preparer writes it once per (dataset, image processor); nobody else decodes for training. `pixels.bin` holds the
+pictures end to end, uint8 [height, width, 3] each; `sizes.npy` int32 [pictures, 2] their heights and widths; `digests.npy`
+uint8 [pictures, 32] tells pictures of equal pixels, in this cache or another; `names.json` maps the name of every member to its
+picture's index, `rows.npy` int64 [n, 2] the rows of the upload, from 1, to the pictures they name. Pictures whose files are
+equal, byte for byte, are held once.
 """
 
 import hashlib
@@ -16,31 +17,28 @@ import numpy as np
 import numpy.typing as npt
 
 from core.data.pictures.archive import Member
-from core.data.pictures.decode import BACKGROUND, DECODER_VERSION, Pixels, decode_picture
+from core.data.pictures.decode import Pixels, decode_picture
 from core.data.pictures.resize import ResizeRule
 from core.errors import ArtifactError, InvalidInput
 from core.manifest import closed_folder, verify_folder
+from core.run import DECODER_VERSION, PICTURE_CACHE_KIND
 
-PICTURE_CACHE_KIND = "pictures"
-PIXELS_FILE, SIZES_FILE, NAMES_FILE = "pixels.bin", "sizes.npy", "names.json"
-
-
-def picture_cache_key(dataset_sha256: str, rule: ResizeRule) -> str:
-    """What a cache is stored under: equal keys are equal pixels."""
-    parts = [dataset_sha256, rule.facts(), DECODER_VERSION, BACKGROUND]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+PIXELS_FILE, SIZES_FILE, DIGESTS_FILE = "pixels.bin", "sizes.npy", "digests.npy"
+NAMES_FILE, ROWS_FILE = "names.json", "rows.npy"
 
 
 def write_picture_cache(
-    folder: Path, members: Iterable[Member], wanted: frozenset[str], rule: ResizeRule, facts: dict[str, Any]
+    folder: Path, members: Iterable[Member], rows: Sequence[tuple[int, str]], rule: ResizeRule, facts: dict[str, Any]
 ) -> int:
-    """Decode, resize and write the `wanted` members, in the order they come in; returns the number of pictures held.
+    """Decode, resize and write the members that rows name, in the order they come in; returns the number of pictures held.
 
-    `facts` gets the rule and the counts. Memory is that of one picture. Raises InvalidInput with every member that can't be
-    decoded and every wanted one that did not come: the folder then does not appear.
+    `rows` are (number in the upload, name of a member), a row of several pictures several times, in their order. `facts` gets
+    the rule and the counts. Memory is that of one picture. Raises InvalidInput with every member that can't be decoded and every
+    wanted one that did not come: the folder then does not appear.
     """
     with closed_folder(folder, PICTURE_CACHE_KIND, facts) as temporary:
         written = _Written()
+        wanted = frozenset(name for _, name in rows)
         with (temporary / PIXELS_FILE).open("wb") as file:
             for pixels in written.pictures(members, wanted, rule):
                 file.write(pixels.data)
@@ -49,6 +47,9 @@ def write_picture_cache(
         if problems:
             raise InvalidInput("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""))
         np.save(temporary / SIZES_FILE, np.asarray(written.sizes, np.int32).reshape(-1, 2))
+        np.save(temporary / DIGESTS_FILE, np.frombuffer(b"".join(written.digests), np.uint8).reshape(-1, 32))
+        named = [(number, written.names[name]) for number, name in rows]
+        np.save(temporary / ROWS_FILE, np.asarray(named, np.int64).reshape(-1, 2))
         (temporary / NAMES_FILE).write_text(json.dumps(written.names, ensure_ascii=False), encoding="utf-8")
         facts |= {"rule": rule.facts(), "decoder": DECODER_VERSION, "pictures": len(written.sizes), "names": len(written.names)}
     return len(written.sizes)
@@ -58,6 +59,7 @@ class _Written:
     def __init__(self) -> None:
         self.names: dict[str, int] = {}
         self.sizes: list[tuple[int, int]] = []
+        self.digests: list[bytes] = []
         self.refused: set[str] = set()
         self.problems: list[str] = []
         self._by_digest: dict[bytes, int] = {}
@@ -77,6 +79,7 @@ class _Written:
                     del self._by_digest[digest]
                     continue
                 self.sizes.append((pixels.shape[0], pixels.shape[1]))
+                self.digests.append(hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest())
                 yield pixels
             self.names[name] = index
 
@@ -86,15 +89,22 @@ class PictureCache:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         sizes: npt.NDArray[np.int32] = np.load(folder / SIZES_FILE, allow_pickle=False)
+        digests: npt.NDArray[np.uint8] = np.load(folder / DIGESTS_FILE, allow_pickle=False)
+        rows: npt.NDArray[np.int64] = np.load(folder / ROWS_FILE, allow_pickle=False)
         names: dict[str, int] = json.loads((folder / NAMES_FILE).read_text(encoding="utf-8"))
         ends = np.cumsum(sizes.astype(np.int64).prod(axis=1) * 3)
         total = int(ends[-1]) if len(ends) else 0
         path = folder / PIXELS_FILE
-        if path.stat().st_size != total or any(not 0 <= index < len(sizes) for index in names.values()):
-            raise ArtifactError(f"{folder.name}: {PIXELS_FILE}, {SIZES_FILE} and {NAMES_FILE} do not belong together")
+        indices = {*names.values(), *rows[:, 1].tolist()}
+        if path.stat().st_size != total or len(digests) != len(sizes) or not indices <= set(range(len(sizes))):
+            raise ArtifactError(f"{folder.name}: its files do not belong together")
         self.facts = facts
         self.sizes = sizes
         """int32 [pictures, 2], heights and widths."""
+        self.digests = digests
+        """uint8 [pictures, 32], equal for equal pixels."""
+        self.rows = rows
+        """int64 [n, 2]: the number of a row in the upload, and a picture that it names."""
         self.index_of: Mapping[str, int] = names
         """Name of a member -> its picture."""
         self._ends = ends

@@ -9,7 +9,7 @@ Formats are told by content and only those of FORMATS are tried. The size is jud
 - 16-bit grey is scaled to 8 bits by v/257, rounded; 16-bit colour PNGs come from the decoder as 8 bits.
 - Animations and files of several pages: the first frame, and a note that says so.
 
-DECODER_VERSION belongs in the name of everything made with it.
+core.run.DECODER_VERSION belongs in the name of everything made with it.
 """
 
 import io
@@ -22,7 +22,6 @@ from PIL import Image, UnidentifiedImageError
 from core.data.strict_json import plain
 from core.errors import InvalidInput, Problem
 
-DECODER_VERSION = 1
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff"})
 MAX_PIXELS = 64 << 20

@@ -18,6 +18,7 @@ from PIL import Image
 
 from core.data.pictures.decode import Pixels
 from core.errors import InvalidInput, Problem
+from core.model_folder import PROCESSOR_FILES
 
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 _RESAMPLE: dict[Resample, Image.Resampling] = {
@@ -66,23 +67,8 @@ class ResizeRule:
 
     @classmethod
     def of_model(cls, folder: Path) -> "ResizeRule":
-        """The rule of a model folder's processor: preprocessor_config.json, or within processor_config.json, as transformers 5
-        writes it. Raises InvalidInput, also where the folder has neither."""
-        for name in ("processor_config.json", "preprocessor_config.json"):
-            try:
-                config = json.loads((folder / name).read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                continue
-            except ValueError as error:
-                raise InvalidInput(f"{name} can't be read: {error}") from None
-            if (
-                isinstance(config, dict)
-                and isinstance(config := config.get("image_processor", config), dict)
-                and "size" in config
-            ):
-                return cls.of_processor(config)
-        message = "the model has no image processor: neither preprocessor_config.json nor processor_config.json gives a size"
-        raise InvalidInput(message, [Problem("missing-file", message)])
+        """The rule of a model folder's processor. Raises InvalidInput, also where the folder has none."""
+        return cls.of_processor(read_processor(folder))
 
     def facts(self) -> dict[str, Any]:
         """As JSON: equal for equal rules, so fit for a key."""
@@ -112,6 +98,22 @@ class ResizeRule:
         if self.size is not None:
             image = image.resize((wide, high), resample)
         return np.asarray(image.crop((left, top, left + width, top + height)))
+
+
+def read_processor(folder: Path) -> dict[str, Any]:
+    """The configuration of a model folder's image processor: preprocessor_config.json, or within processor_config.json, as
+    transformers 5 writes it. Raises InvalidInput where the folder has neither."""
+    for name in PROCESSOR_FILES:
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise InvalidInput(f"{name} can't be read: {error}") from None
+        if isinstance(config, dict) and isinstance(config := config.get("image_processor", config), dict) and "size" in config:
+            return config
+    message = "the model has no image processor: neither preprocessor_config.json nor processor_config.json gives a size"
+    raise InvalidInput(message, [Problem("missing-file", message)])
 
 
 def _resized(size: tuple[int, int], wanted: int | tuple[int, int]) -> tuple[int, int]:
