@@ -74,7 +74,7 @@ def _row_by_row(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bou
 
 
 def _varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int, scale: float) -> torch.Tensor:
-    if longest <= SHORT:
+    if longest <= SHORT and q.device.type == "cuda":
         from core.models.short_rows import attend_short_rows  # Triton comes with torch for a GPU, and with no other
 
         return attend_short_rows(q, k, v, bounds, longest, scale)

@@ -187,11 +187,11 @@ def test_a_model_whose_numbers_break_fails_the_request_and_only_it(service: Serv
 
 
 def test_a_bug_in_the_engine_fails_the_request_and_only_it(service: Service, caplog: pytest.LogCaptureFixture) -> None:
-    runner = service.app.state.serving.directory.bases[0].host.runner
-    model, runner._model = runner._model, None
+    compute = service.app.state.serving.directory.bases[0].host.runner._compute
+    model, compute._model = compute._model, None
     assert error_of(service.ask("tiny"), 500)["message"] == "the engine failed on this request"
     assert "failed" in caplog.text
-    runner._model = model
+    compute._model = model
     assert service.ask("tiny").status_code == 200
 
 
