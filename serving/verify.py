@@ -140,8 +140,12 @@ def _load_adapter(folder: Path, sha256: str, adapter: str, base: AdaptedBase, en
     weights = base.runner.sites.read(folder, sha256) if base.runner is not None else None
     if base.runner is not None and weights is not None:
         sites = base.runner.sites
-        engine.call(lambda: sites.install(weights))
-        return Servable(base, folder, weights=weights)
+        try:
+            engine.call(lambda: sites.install(weights))
+            return Servable(base, folder, weights=weights)
+        except BaseException:
+            engine.call(lambda: sites.forget(weights))
+            raise
     engine.call(lambda: base.load(folder, adapter))
     try:
         return Servable(base, folder, adapter=adapter)
