@@ -12,7 +12,7 @@ import torch
 
 from core.data.pictures.normalise import Normalisation
 from core.data.tokenizer import Tokenizer
-from core.errors import BadSpec, InvalidInput
+from core.errors import BadData, BadSpec, InvalidInput
 from core.models.adapt import attach_adapter
 from core.models.towers import check_end_token, choose_trained, towers_of
 from core.spec import FullTuning, InfoNceObjective, JobSpec, LoraTuning, ProjectionTuning
@@ -33,9 +33,12 @@ def build_contrast(
 ) -> tuple[Any, Contrast]:
     """(the model with its adapter or its trained parameters, the rest), of a base that is frozen and as it was.
 
-    Raises BadSpec for a processor that can't be followed, an end token in doubt, and target modules that are not there.
+    Raises BadSpec for a processor that can't be followed, an end token in doubt, and target modules that are not there, BadData
+    for a single picture.
     """
     assert isinstance(spec.objective, InfoNceObjective)
+    if rows.distinct_rows < 2:
+        raise BadData("there is one picture to train on, and nothing to tell it from: two or more are needed")
     check_end_token(base_model, tokenizer.eos_ids[0] if tokenizer.eos_ids else None, spec.base_model)
     try:
         normalisation = Normalisation.of_model(model_folder)

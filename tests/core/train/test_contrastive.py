@@ -255,12 +255,29 @@ def test_what_can_not_be_trained_is_refused_by_name(clip: Path, pairs: Caches, t
     too_many = pair_spec(data=HELD_OUT | {"eval_rows": 20})
     with pytest.raises(BadData, match="20 of 20 distinct pictures leaves none to train on"):
         build_training(pair_run(clip, pairs, too_many))
+    alone = prepared(tmp_path / "alone", clip, *random_pairs(1, captions=3))
+    with pytest.raises(BadData, match="one picture to train on"):
+        build_training(pair_run(clip, alone, pair_spec()))
     odd = build_tiny_clip(tmp_path / "odd")
     config = json.loads((odd / "config.json").read_text())
     config["text_config"]["eos_token_id"] = 5
     (odd / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadSpec, match="ends texts with id 1, and its config says 5"):
         build_training(pair_run(odd, pairs, pair_spec()))
+
+
+def test_a_first_step_of_one_picture_alone_is_no_fault(clip: Path, tmp_path: Path) -> None:
+    """Its captions are no negatives of each other: there is no loss and no gradient, and the next step has both."""
+    caches = prepared(tmp_path / "work", clip, *random_pairs(2, captions=2))
+    batch = {"micro_batch_size": 2, "rows_per_step": 2}
+    specs = (pair_spec(seed=seed, batch=batch, schedule={"epochs": 4.0}) for seed in range(100))
+
+    def begins_with_one_picture(spec: JobSpec) -> bool:
+        first = build_training(pair_run(clip, caches, spec)).rows.step_rows(1)
+        return len({pair.image_id for pair in first if isinstance(pair, Pair)}) == 1
+
+    series = losses(train_here(pair_run(clip, caches, next(filter(begins_with_one_picture, specs))), tmp_path / "run"))
+    assert series[0] == 0 < max(series)
 
 
 def test_losses_go_down_by_every_tuning(clip: Path, pairs: Caches, tmp_path: Path) -> None:
