@@ -18,9 +18,9 @@ from core.errors import ArtifactError
 from core.manifest import closed_folder, read_manifest
 from core.run import CHECKPOINT_KIND
 from core.spec import JobSpec, upgrade_spec
-from core.train.build import Training
 from core.train.device import random_state, set_random_state
 from core.train.optim import optimizer_state, restore_optimizer
+from core.train.training import Training
 
 WEIGHTS_FILE = "weights.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -18,10 +18,10 @@ from core.events import Answer, Answered, Evaluation
 from core.infer.progress import FinishReason
 from core.run import JUDGED_ANSWERS, RunInput
 from core.spec import DATA_KINDS
-from core.train.build import Training
 from core.train.contrast import Contrast
 from core.train.pairs import PairChunks
 from core.train.tier import plain_attention
+from core.train.training import Training
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,15 @@ from core.errors import Diverged, Doomed, RunError
 from core.events import AdapterWritten, CheckpointWritten, ChildEvent, Ended, Evaluation, PhaseChanged, Started, Step, Warned
 from core.run import ANSWERS_FILE, RunInput
 from core.states import Phase, Reason
-from core.train.build import LaidOut, Training, build_training, count_parameters, lay_out, render_example
+from core.train.build import build_training
 from core.train.checkpoint import restore_checkpoint, write_checkpoint
 from core.train.device import out_of_memory_named, random_state, set_random_state
 from core.train.examine import Examination, examine, prepare_examination, write_answers
+from core.train.fused.install import forget_graphs
 from core.train.meters import StepClock, memory_gib
 from core.train.optim import learning_rate_factor
 from core.train.result import write_result
+from core.train.training import LaidOut, Training, count_parameters, lay_out, render_example
 from core.train.watchdog import say_checkpoint
 
 RESULT_FOLDER = "adapter"
@@ -183,6 +185,8 @@ def _gradients(training: Training, laid: LaidOut) -> Generator[Warned, None, _Ac
         message = f"step {laid.step}: the GPU's memory was too small for {training.layout}; the step is done again with {smaller}"
         training.layout = smaller
         training.optimizer.zero_grad()
+        if training.choice.tier == "fused":
+            forget_graphs(training.model)  # whose memory is nobody else's
         if training.device.type == "cuda":
             torch.cuda.empty_cache()
         set_random_state(chance, training.device)

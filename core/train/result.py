@@ -19,11 +19,11 @@ from core.models.canonical import check_keys
 from core.models.load import DTYPES
 from core.models.merge import fold_trained
 from core.run import RunInput
-from core.train.build import Training
 from core.train.fused.install import uninstall_fused
 from core.train.parity import measure_full, measure_lora, probe_sequences
 from core.train.tier import plain_attention
 from core.train.towers_result import TRAINING_FILE, write_towers
+from core.train.training import Training
 
 
 def write_result(training: Training, run: RunInput, folder: Path, *, step: int, eval_loss: float | None) -> None:

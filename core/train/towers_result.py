@@ -17,9 +17,9 @@ from core.models.adapt import load_adapter, save_full, save_lora, save_processor
 from core.models.canonical import check_keys
 from core.models.load import DTYPES, load_base
 from core.run import RunInput
-from core.train.build import Training
 from core.train.contrast import Contrast, features
 from core.train.pairs import PairChunks
+from core.train.training import Training
 
 TRAINING_FILE = "training.json"
 _PROBES = 16

@@ -8,7 +8,8 @@ import torch
 
 from core.events import Evaluation, Started, Step
 from core.run import RunInput, TokenCacheRef
-from core.train.build import Training, build_training, lay_out
+from core.train.build import build_training
+from core.train.training import Training, lay_out
 from tests.core.train.pairs import pair_run, pair_spec, prepared, random_pairs
 from tests.core.train.runs import train_here
 from tests.tiny import build_tiny_clip

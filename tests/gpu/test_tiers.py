@@ -12,8 +12,9 @@ from core.eval.layout import Layout, Packed, Padded
 from core.eval.rows import Example, collate_packed
 from core.model_folder import read_model_facts
 from core.models.documents import DOCUMENTS
-from core.train.build import Training, build_training
+from core.train.build import build_training
 from core.train.tier import Probe, enter_packed, measure
+from core.train.training import Training
 from tests.core.models.test_families import SETTINGS
 from tests.core.train.runs import losses, spec_of, train_here
 from tests.gpu.conftest import kernels_taken_out, on_gpu

@@ -16,7 +16,7 @@ from core.models.load import Quantization, dequantized_weight
 from core.plan import check_spec
 from core.plan.shape import model_shape, trainable_parameters
 from core.spec import JobSpec, LoraTuning, MoraTuning
-from core.train.build import count_parameters
+from core.train.training import count_parameters
 from tests.core.models.adapters import IDS, TUNINGS, Trained, load, logits_of, trained
 from tests.tiny import build_tiny_model
 

@@ -24,9 +24,10 @@ from core.models.adapt import load_adapter
 from core.models.load import load_base
 from core.run import TokenCacheRef
 from core.spec import JobSpec
-from core.train.build import build_training, lay_out
+from core.train.build import build_training
 from core.train.contrast import Features, features
 from core.train.pairs import Pair, PairChunks, PairRows
+from core.train.training import lay_out
 from core.vision.contrastive import MAX_LOG_SCALE, PairIds, info_nce, scale_of
 from tests.core.train.pairs import DATASET, pair_run, pair_spec, prepared, random_pairs
 from tests.core.train.runs import losses, train_here

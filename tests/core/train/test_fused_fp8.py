@@ -169,7 +169,7 @@ def test_a_model_that_rounding_takes_apart_is_refused(
         codes, scales = scaled_in_8_bits(x, factors)
         return codes, -scales
 
-    monkeypatch.setattr("core.train.build.PLAIN", Elementwise(scaled_in_8_bits=wrong))
+    monkeypatch.setattr("core.train.enter.PLAIN", Elementwise(scaled_in_8_bits=wrong))
     with pytest.raises(BadSpec, match=r"fp8 is too coarse for this model: .* gradients by \d.*; use nf4 or none"):
         train_here(run_input(tiny, cache, spec_of(quantization=FP8, memory=FUSED)), tmp_path)
 

@@ -55,7 +55,7 @@ def test_fused_layers_that_compute_something_else_are_taken_out(
 ) -> None:
     packed = train_here(run_input(tiny, cache, spec_of()), tmp_path / "packed")
     wrong = Elementwise(gated=lambda *parts: 1.5 * gated(*parts))
-    monkeypatch.setattr("core.train.build.PLAIN", wrong)
+    monkeypatch.setattr("core.train.enter.PLAIN", wrong)
     events = train_here(run_input(tiny, cache, spec_of(memory=FUSED)), tmp_path / "run")
     assert started(events).tier == "packed"
     (warning,) = [event for event in events if event.kind == "warning"]

@@ -271,7 +271,7 @@ def test_a_doomed_run_ends_with_its_reason_and_the_last_good_checkpoint(
     tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "core.train.build.Training.loss",
+        "core.train.training.Training.loss",
         lambda self, model, batch: type(found := self.kind.function(model, batch, self.objective))(
             found.sums * 0, found.terms, found.curves
         ),

@@ -21,9 +21,10 @@ from core.plan.shape import model_shape, new_parameters, trainable_parameters
 from core.prepare import prepare_tokens
 from core.run import RunInput, TokenizeInput
 from core.spec import JobSpec
-from core.train.build import build_training, count_parameters
+from core.train.build import build_training
 from core.train.loop import train
 from core.train.tier import plain_attention
+from core.train.training import count_parameters
 from tests.core.train.runs import losses, run_input, spec_of, train_here
 from tests.tiny import build_tiny_model
 

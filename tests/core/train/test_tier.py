@@ -12,8 +12,8 @@ from core.errors import BadSpec, CudaOutOfMemory
 from core.eval.layout import Padded
 from core.models import documents
 from core.train import build, loop, tier
-from core.train.build import Training
 from core.train.loop import train
+from core.train.training import Training
 from tests.core.train.runs import losses, run_input, spec_of, train_here
 
 
@@ -184,7 +184,7 @@ def out_of_memory_in(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], boo
         finally:
             steps.pop()
 
-    monkeypatch.setattr(build.Training, "loss", guarded)
+    monkeypatch.setattr(Training, "loss", guarded)
     monkeypatch.setattr(loop, "_accumulate", accumulating)
     return tried
 
