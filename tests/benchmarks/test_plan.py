@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import plan
+from benchmarks import plan, plan_cases
 from core.plan.coefficients import GPUS, STANDING
 from core.plan.memory import estimate_memory
 from core.plan.time import step_seconds
@@ -33,15 +33,15 @@ def test_a_case_that_is_not_in_the_set_is_named(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_judged_cases_are_no_fitting_cases_and_some_are_of_another_kind() -> None:
-    fitting, judged = ({case.name for case in cases} for cases in (plan.FITTING, plan.JUDGED))
-    assert len(fitting) == len(plan.FITTING) >= 16
-    assert len(judged) == len(plan.JUDGED) >= 24
+    fitting, judged = ({case.name for case in cases} for cases in (plan_cases.FITTING, plan_cases.JUDGED))
+    assert len(fitting) == len(plan_cases.FITTING) >= 16
+    assert len(judged) == len(plan_cases.JUDGED) >= 24
     assert not fitting & judged
-    known = {field: {getattr(case, field) for case in plan.FITTING} for field in ("shape", "rank", "length")}
-    new = [case for case in plan.JUDGED if any(getattr(case, field) not in values for field, values in known.items())]
+    known = {field: {getattr(case, field) for case in plan_cases.FITTING} for field in ("shape", "rank", "length")}
+    new = [case for case in plan_cases.JUDGED if any(getattr(case, field) not in values for field, values in known.items())]
     assert len(new) >= 6
-    assert {case.shape for case in plan.JUDGED} == {"llama-1.1b", "llama2-7b", "qwen3-8b"}
-    assert {256, 8192} <= {case.length for case in plan.JUDGED}
+    assert {case.shape for case in plan_cases.JUDGED} == {"llama-1.1b", "llama2-7b", "qwen3-8b"}
+    assert {256, 8192} <= {case.length for case in plan_cases.JUDGED}
 
 
 def test_fitting_finds_the_coefficients_of_made_up_measurements(
@@ -49,7 +49,7 @@ def test_fitting_finds_the_coefficients_of_made_up_measurements(
 ) -> None:
     truth = replace(STANDING, fixed_gib=0.4, kept_packed=1.1, kept_plain=0.95, matmul_share=0.5, traffic_packed=12.0)
     rows = []
-    for case in plan.FITTING:
+    for case in plan_cases.FITTING:
         work = plan.work_of_case(case, None)
         values = {
             "peak_allocated_gib": estimate_memory(work, truth).total_gib,
@@ -59,14 +59,14 @@ def test_fitting_finds_the_coefficients_of_made_up_measurements(
         rows += [{"case": case.name, "metric": name, "value": value, "device": "NVIDIA H100"} for name, value in values.items()]
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"rows": rows}))
-    measured = plan.measurements(file, plan.FITTING)
+    measured = plan.measurements(file, plan_cases.FITTING)
     memory = plan.nearest(STANDING, ["fixed_gib", "kept_packed", "kept_plain"], lambda k: plan._errors(measured, k, "memory"))
     assert memory.fixed_gib == pytest.approx(0.4, rel=0.1)
     assert (memory.kept_packed, memory.kept_plain) == pytest.approx((1.1, 0.95), rel=0.02)
     monkeypatch.setattr(sys, "argv", ["plan", "--fit", str(file), "--table", str(file)])
     plan.main()
     said = capsys.readouterr().out
-    count = len(plan.FITTING)
+    count = len(plan_cases.FITTING)
     assert f"fitted to {count} of {count} cases" in said
     after = said.split(f"n {count}")
     for what in after[:2]:
