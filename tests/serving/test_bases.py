@@ -35,9 +35,7 @@ def test_a_base_with_its_own_code_is_served_as_registered(tmp_path: Path) -> Non
 def test_a_model_of_pictures_is_no_base_yet(database: Database, tmp_path: Path) -> None:
     with database.transaction() as session:
         register_model(session, "clip", "clip", read_model_facts(build_tiny_clip(tmp_path / "clip")))
-        with pytest.raises(
-            InvalidInput, match="clip:fp32: clip is a model for task contrastive, which endpoints"
-        ):
+        with pytest.raises(InvalidInput, match="clip:fp32: clip is a model for task contrastive, which endpoints"):
             resolve_bases(session, ["clip:fp32"])
     build_tiny_model(tmp_path / "tiny")
     assert _every_text_model(tmp_path) == "tiny"
