@@ -1,6 +1,7 @@
 """python -m standalone up | demo | check-migrations: the service on one machine, in one command."""
 
 import argparse
+import json
 import signal
 import sys
 import tempfile
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from core.catalog import task_of
 from standalone import base_model
 from standalone.demo import print_verdict, walk
 from standalone.process import StackError
@@ -43,7 +45,7 @@ def up(arguments: argparse.Namespace) -> int:
         base_model.make_base_model(models)
     stack = Stack(
         home,
-        settings={"STROP_MODELS": str(models), "STROP_BASES": ",".join(settings.bases) or _every_model(models)},
+        settings={"STROP_MODELS": str(models), "STROP_BASES": ",".join(settings.bases) or _every_text_model(models)},
         api_port=arguments.api_port,
         serving_port=arguments.serving_port,
         database_url=settings.database_url or None,
@@ -106,9 +108,14 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _every_model(models: Path) -> str:
-    """The bases served when STROP_BASES names none: every model folder there is."""
-    return ",".join(sorted(config.parent.name for config in models.glob("*/config.json")))
+def _every_text_model(models: Path) -> str:
+    """The bases served when STROP_BASES names none: every model folder there is, those left out that no endpoint serves yet."""
+
+    def is_served(config: Path) -> bool:
+        architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or ["unknown"]
+        return task_of(architectures[0]) == "causal_lm"
+
+    return ",".join(sorted(config.parent.name for config in models.glob("*/config.json") if is_served(config)))
 
 
 def _stop(_: int, __: FrameType | None) -> None:

@@ -56,7 +56,9 @@ def test_chunks_change_no_gradient(
     (whole_loss, whole), (cut_loss, cut) = found[256], found[32]
     assert cut_loss == pytest.approx(whole_loss, rel=apart)
     assert whole.keys() == cut.keys()
-    worst = {name: float((cut[name] - one).norm() / one.norm().clamp(min=1e-12)) for name, one in whole.items() if one.any()}
+    # A key's bias has no gradient but rounding, since a softmax does not see it: what is small beside the whole counts little.
+    least = 1e-3 * torch.stack([one.norm() for one in whole.values()]).norm()
+    worst = {name: float((cut[name] - one).norm() / one.norm().clamp(min=least)) for name, one in whole.items()}
     name = max(worst, key=lambda one: worst[one])
     assert worst[name] <= apart, f"{name}: {worst[name]:.3g} apart; loss {cut_loss:.6g} and {whole_loss:.6g}"
 

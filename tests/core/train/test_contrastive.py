@@ -256,6 +256,8 @@ def test_what_can_not_be_trained_is_refused_by_name(clip: Path, pairs: Caches, t
     too_many = pair_spec(data=HELD_OUT | {"eval_rows": 20})
     with pytest.raises(BadData, match="20 of 20 distinct pictures leaves none to train on"):
         build_training(pair_run(clip, pairs, too_many))
+    with pytest.raises(BadSpec, match="test/clip is a CLIPModel, a model for task contrastive; what is asked for is causal_lm"):
+        load_base(clip, name="test/clip", weights="0" * 64, quantization="none", precision="fp32", device=CPU)
     alone = prepared(tmp_path / "alone", clip, *random_pairs(1, captions=3))
     with pytest.raises(BadData, match="one picture to train on"):
         build_training(pair_run(clip, alone, pair_spec()))
