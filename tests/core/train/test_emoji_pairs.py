@@ -4,7 +4,6 @@ import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
-import pytest
 import torch
 
 from core.data.pictures.cache import PictureCache
@@ -20,7 +19,6 @@ from tests.tiny import build_tiny_clip
 CPU = torch.device("cpu")
 
 
-@pytest.mark.slow
 def test_from_random_weights_nine_in_ten_training_pairs_are_found_first(tmp_path: Path, shared_data: Path) -> None:
     folder = shared_data / "vision" / "emoji_pairs"
     upload = tmp_path / "emoji.zip"
