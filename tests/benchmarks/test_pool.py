@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import plan, pool
+from benchmarks import plan, plan_cases, pool
 from benchmarks.pool import Outcome, Run, in_turn, measure_alone, needed_gib, next_batch, run_of_work
 from core.events import Ended
 from core.plan.memory import estimate_memory
@@ -105,8 +105,8 @@ def test_a_batch_has_room_for_those_that_stand_beside_the_one_that_trains() -> N
     assert next_batch([large, small], 40, 4) == [large], "what fits nowhere is tried alone"
 
 
-@pytest.mark.parametrize("case", [*plan.FITTING, *plan.JUDGED], ids=lambda case: case.name)
-def test_a_planned_child_stands_with_its_weights_and_less_than_its_peak(case: plan.Case) -> None:
+@pytest.mark.parametrize("case", [*plan_cases.FITTING, *plan_cases.JUDGED], ids=lambda case: case.name)
+def test_a_planned_child_stands_with_its_weights_and_less_than_its_peak(case: plan_cases.Case) -> None:
     work = plan.work_of_case(case, None)
     run = run_of_work(work, name="", model=Path(), cache=Path(), folder=Path(), warm_up=1)
     planned = estimate_memory(work)
