@@ -104,7 +104,8 @@ def _read_cache(folder: Path) -> int:
     """Every picture twenty times over, in batches of a shuffled order."""
     cache = PictureCache(folder, {})
     order = np.random.default_rng(0).permutation(np.tile(np.arange(len(cache)), 20)).tolist()
-    return sum(len(cache.batch(order[at : at + BATCH])) for at in range(0, len(order), BATCH))
+    batches = (order[at : at + BATCH] for at in range(0, len(order), BATCH))
+    return sum(len(np.stack([cache.picture(index) for index in batch])) for batch in batches)
 
 
 def _shard(path: Path, pictures: int, seed: int) -> Path:

@@ -122,7 +122,6 @@ def prepare_pictures(request: PicturesInput, work_dir: Path) -> None:
     """
     try:
         rule = ResizeRule.of_model(request.model_folder)
-        rule = rule.loose() if request.loose else rule
     except InvalidInput as error:
         reasons = [f"{problem.field}: {problem.message}" if problem.field else problem.message for problem in error.problems]
         raise BadSpec(f"{request.model_folder.name}: {'; '.join(reasons) or error.detail}") from None

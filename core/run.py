@@ -96,7 +96,6 @@ class PicturesInput(_HandOver):
     upload: Path
     rows: Path
     model_folder: Path
-    loose: bool = Field(default=False, description="Nothing cut and larger than the model takes, for augmentations to crop from.")
 
 
 PrepareInput = Annotated[ValidateInput | TokenizeInput | PicturesInput, Field(discriminator="kind")]

@@ -99,8 +99,8 @@ def collate_packed(examples: Sequence[Example], device: torch.device) -> MicroBa
     trained[bounds[:-1]] = False  # what the row before would have to predict
     positions = np.concatenate([np.arange(length) for length in lengths])
     documents = Documents(
-        position_ids=_sent(positions[None], device),
-        bounds=_sent(bounds, device),
+        position_ids=sent(positions[None], device),
+        bounds=sent(bounds, device),
         longest=max(lengths),
     )
     sequence = np.repeat(np.arange(len(rows)), lengths)
@@ -110,6 +110,13 @@ def collate_packed(examples: Sequence[Example], device: torch.device) -> MicroBa
 def trained_tokens(row: Row) -> int:
     """Tokens of a row that carry loss."""
     return int(np.count_nonzero(row[1][1:]))
+
+
+def sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array on a device; nobody waits for the copy."""
+    tensor = torch.from_numpy(array)
+    # Out of pageable memory a copy waits for all that the GPU has to do before it.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _batch(
@@ -125,21 +132,15 @@ def _batch(
     own_place = np.flatnonzero(trained)
     stands_in = sequence.reshape(-1)[own_place]
     return MicroBatch(
-        input_ids=_sent(input_ids, device),
-        labels=_sent(input_ids.reshape(-1)[own_place], device),
-        place=_sent(own_place - 1, device),
-        sequence=_sent(stands_in, device),
-        counts=_sent(np.bincount(stands_in, minlength=sequences), device),
+        input_ids=sent(input_ids, device),
+        labels=sent(input_ids.reshape(-1)[own_place], device),
+        place=sent(own_place - 1, device),
+        sequence=sent(stands_in, device),
+        counts=sent(np.bincount(stands_in, minlength=sequences), device),
         examples=len(examples),
         sequences=sequences,
-        reference=_sent(reference, device) if len(reference) else None,
+        reference=sent(reference, device) if len(reference) else None,
         documents=documents,
         tokens=sum(example.tokens for example in examples),
         trained_tokens=len(own_place),
     )
-
-
-def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    # Out of pageable memory a copy waits for all that the GPU has to do before it.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

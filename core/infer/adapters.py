@@ -38,7 +38,6 @@ class AdaptedBase:
         self._peft: PeftModel | None = None
         self._active: str | None = None
         self.kv_gib = kv_gib
-        self.adapter_gib = adapter_gib
         self.runner: Runner | None = None
         if reach_of(base.model):
             tokens = int(kv_gib * 2**30) // kv_bytes_per_token(base.model)

@@ -113,8 +113,8 @@ def _set_up_libraries() -> None:
 def _leave(code: int) -> NoReturn:
     """End at once: all is written and told, and the result waits for this process to be gone.
 
-    To take the interpreter and its libraries down in order took 1.3 to 2.6 s on a CPU. What they may have started beside is of
-    this process's group, which the supervisor ends.
+    To take the interpreter and its libraries down in order takes seconds. What they may have started beside is of this process's
+    group, which the supervisor ends.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -66,10 +66,13 @@ class Contrast:
             remember_chance=lambda: partial(set_random_state, random_state(device), device),
             backward=backward,
         )
-        spread = [uniformity(side[:_UNIFORMITY_ROWS]) for side in (step.images, step.texts)]
-        curves = {"alignment": alignment(step.images, step.texts), "uniformity": fmean(spread)}
-        told = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in curves.items()}
-        return step.loss.double(), {"temperature": 1 / scale_of(self.log_scale.detach()).double(), **told}
+        spread = torch.stack([uniformity(side[:_UNIFORMITY_ROWS]) for side in (step.images, step.texts)])
+        curves = {
+            "temperature": 1 / scale_of(self.log_scale.detach()).double(),
+            "alignment": alignment(step.images, step.texts),
+            "uniformity": spread.mean(),
+        }
+        return step.loss.double(), curves
 
     @torch.no_grad()
     def examine(self, model: Any, pairs: Sequence[Example], layout: PairChunks, *, compute: Compute) -> dict[str, float]:

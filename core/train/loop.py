@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from core.errors import Diverged, Doomed, RunError
+from core.eval.rows import Example
 from core.events import AdapterWritten, CheckpointWritten, ChildEvent, Ended, Evaluation, PhaseChanged, Started, Step, Warned
 from core.run import ANSWERS_FILE, RunInput
 from core.states import Phase, Reason
@@ -134,17 +135,15 @@ class _StepNumbers:
 
 def _optimizer_step(training: Training, step: int) -> Generator[Warned, None, _StepNumbers]:
     """One step over all its micro-batches. Yields a warning for each try that overflowed fp16 or the GPU's memory."""
-    laid = training.ahead if training.ahead is not None and training.ahead.step == step else lay_out(training, step)
     rate = training.learning_rate * learning_rate_factor(training.schedule, step, training.total_steps)
     for group in training.optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
     parameters = [parameter for _, parameter in training.trainable()]
     for _ in range(_OVERFLOWS_ALLOWED):
-        found = yield from _gradients(training, laid)
+        examples, found = yield from _gradients(training, step)
         norm = training.accelerator.clip_grad_norm_(parameters, training.max_grad_norm)
         training.optimizer.step()
-        if step < training.total_steps:
-            training.ahead = lay_out(training, step + 1)  # while the GPU has work to do
+        _lay_ahead(training, step + 1)
         # The step's only question to the GPU, when all it has to do has been said. Of weights that a gradient without bounds has
         # been added to nothing is kept: the run ends.
         loss, grad_norm, *curves = torch.stack([found.loss, norm, *found.curves.values()]).tolist()
@@ -153,8 +152,8 @@ def _optimizer_step(training: Training, step: int) -> Generator[Warned, None, _S
         if not math.isfinite(grad_norm) and training.accelerator.scaler is None:
             raise Diverged(f"the gradient's norm is {grad_norm} (loss {loss:.4f})")
         if math.isfinite(grad_norm):
-            tokens = sum(example.tokens for example in laid.examples)
-            trained = sum(example.trained_tokens for example in laid.examples)
+            tokens = sum(example.tokens for example in examples)
+            trained = sum(example.trained_tokens for example in examples)
             return _StepNumbers(loss, rate, grad_norm, tokens, trained, dict(zip(found.curves, curves, strict=True)))
         # The scaler left the weights alone and halved its scale: the same rows are tried again, none is lost.
         yield Warned(code="gradient_overflow", message=f"step {step}: fp16 gradients overflowed; tried again, smaller scale")
@@ -168,22 +167,31 @@ class _Accumulated(NamedTuple):
     curves: dict[str, torch.Tensor]
 
 
-def _gradients(training: Training, laid: LaidOut) -> Generator[Warned, None, _Accumulated]:
-    """Forward and backward over a step. Once in a run it may halve what is in memory and begin anew."""
+def _lay_ahead(training: Training, step: int) -> None:
+    """While the GPU has work to do. Not pairs: their pixels would take twice the memory."""
+    is_there = training.ahead is not None and training.ahead.step == step
+    if step <= training.total_steps and training.contrast is None and not is_there:
+        training.ahead = lay_out(training, step)
+
+
+def _gradients(training: Training, step: int) -> Generator[Warned, None, tuple[list[Example], _Accumulated]]:
+    """Forward and backward over a step: (its examples, its numbers). Once in a run it may halve what is in memory and begin
+    anew."""
     chance = random_state(training.device)
+    laid: LaidOut | None
     while True:
-        if laid.layout is not training.layout:
-            laid = lay_out(training, laid.step)
         try:
-            return _accumulate(training, laid)
+            ahead = training.ahead
+            laid = ahead if ahead is not None and ahead.step == step else lay_out(training, step)
+            return laid.examples, _accumulate(training, laid)
         except torch.OutOfMemoryError:
-            smaller = training.layout.halved(laid.examples)
+            smaller = training.layout.halved(training.rows.step_rows(step))
             if training.has_halved or smaller is None:
                 raise
         # Outside the except block: the traceback holds the tensors of the pass that did not fit.
         training.has_halved = True
-        message = f"step {laid.step}: the GPU's memory was too small for {training.layout}; the step is done again with {smaller}"
-        training.layout = smaller
+        message = f"step {step}: the GPU's memory was too small for {training.layout}; the step is done again with {smaller}"
+        training.layout, training.ahead, laid = smaller, None, None
         training.optimizer.zero_grad()
         if training.choice.tier == "fused":
             forget_graphs(training.model)  # whose memory is nobody else's

@@ -14,7 +14,7 @@ import torch
 from core.data.pictures.cache import PictureCache
 from core.data.tokens import TokenCache
 from core.errors import ArtifactError, BadSpec
-from core.eval.rows import Example, Row
+from core.eval.rows import Example, Row, sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +89,10 @@ class PairChunks:
             input_ids[row, : len(ids)] = ids
             input_ids[row, len(ids) :] = ids[-1]
         return PairBatch(
-            pixels=_sent(np.stack([pair.pixels for pair in pairs]), device),
-            input_ids=_sent(input_ids, device),
-            image_ids=_sent(np.array([pair.image_id for pair in pairs], np.int64), device),
-            text_ids=_sent(np.array([pair.text_id for pair in pairs], np.int64), device),
+            pixels=sent(np.stack([pair.pixels for pair in pairs]), device),
+            input_ids=sent(input_ids, device),
+            image_ids=sent(np.array([pair.image_id for pair in pairs], np.int64), device),
+            text_ids=sent(np.array([pair.text_id for pair in pairs], np.int64), device),
         )
 
     def halved(self, examples: Sequence[Example]) -> "PairChunks | None":
@@ -105,8 +105,3 @@ class PairChunks:
 
 def _number(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
-
-
-def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -32,7 +32,6 @@ class LaidOut:
     """A step's examples as micro-batches on the device."""
 
     step: int
-    layout: Layout
     examples: list[Example]
     batches: list[Any]  # MicroBatch, or PairBatch
 
@@ -102,9 +101,9 @@ class Training:
 
 
 def lay_out(training: Training, step: int) -> LaidOut:
+    """Step `step` as the layout of now cuts it."""
     examples, layout = training.rows.step_rows(step), training.layout
-    batches = [layout.collate(part, training.device) for part in layout.split(examples)]
-    return LaidOut(step, layout, examples, batches)
+    return LaidOut(step, examples, [layout.collate(part, training.device) for part in layout.split(examples)])
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

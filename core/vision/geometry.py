@@ -5,21 +5,20 @@ of a tuning that goes wrong; both are streamed beside the loss. Retention is the
 its base did on tasks it was not tuned for.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
 
 
 @torch.no_grad()
-def alignment(images: torch.Tensor, texts: torch.Tensor) -> float:
-    """Mean squared distance of the two sides of a pair, 0 .. 4, less is nearer. Unit features [B, D]."""
-    return float((images.float() - texts.float()).square().sum(1).mean())
+def alignment(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """Mean squared distance of the two sides of a pair, 0 .. 4, less is nearer: an fp64 scalar. Unit features [B, D]."""
+    return (images.float() - texts.float()).square().sum(1).mean(dtype=torch.float64)
 
 
 @torch.no_grad()
-def uniformity(features: torch.Tensor, *, block: int = 4096) -> float:
-    """log of the mean of exp(-2 · squared distance) over all pairs i < j: 0 when all lie in one place, at least -8.
+def uniformity(features: torch.Tensor, *, block: int = 4096) -> torch.Tensor:
+    """log of the mean of exp(-2 · squared distance) over all pairs i < j, 0 (all in one place) to -8: an fp64 scalar.
 
     Unit features [B, D]. Raises ValueError for fewer than two, which have no distance.
     """
@@ -33,7 +32,7 @@ def uniformity(features: torch.Tensor, *, block: int = 4096) -> float:
             squared = (2 - 2 * ours @ theirs.T).clamp_(min=0)
             total += squared.mul_(-2).exp_().sum(dtype=torch.float64)
     total -= (2 - 2 * features.square().sum(1)).clamp_(min=0).mul_(-2).exp_().sum(dtype=torch.float64)
-    return math.log(float(total) / (count * (count - 1)))
+    return (total / (count * (count - 1))).log()
 
 
 def retention(tuned: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:

@@ -249,7 +249,7 @@ def test_the_child_loads_neither_torch_nor_transformers() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def pictures(work: Path, tmp_path: Path, processor: dict[str, object] | None, **choices: Any) -> PicturesInput:
+def pictures(work: Path, tmp_path: Path, processor: dict[str, object] | None) -> PicturesInput:
     """What asks for the pictures of upload and rows under `tmp_path`, for a model with such a processor."""
     folder = work / "model"
     folder.mkdir(parents=True)
@@ -258,7 +258,7 @@ def pictures(work: Path, tmp_path: Path, processor: dict[str, object] | None, **
             json.dumps({"image_processor": processor, "processor_class": "CLIPProcessor"})
         )
     rows = tmp_path / ROWS_FILE
-    return PicturesInput(dataset_id="ds_1", upload=tmp_path / "upload", rows=rows, model_folder=folder, **choices)
+    return PicturesInput(dataset_id="ds_1", upload=tmp_path / "upload", rows=rows, model_folder=folder)
 
 
 def test_an_archive_goes_from_upload_to_pictures_at_a_models_size(tmp_path: Path) -> None:
@@ -276,14 +276,12 @@ def test_an_archive_goes_from_upload_to_pictures_at_a_models_size(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([PREPARE_FILE, REPORT_FILE, ROWS_FILE, "upload"])
 
     processor: dict[str, object] = {"size": {"shortest_edge": 8}, "crop_size": 8, "do_center_crop": True}
-    for loose, shape in ((False, (2, 8, 8, 3)), (True, (2, 15, 10, 3))):
-        work = tmp_path / str(loose)
-        request = pictures(work, tmp_path, processor, loose=loose)
-        assert finish(start(work, request)) == (0, "")
-        cache = PictureCache.open(work / PICTURES_FOLDER)
-        assert set(cache.index_of) == {"0.png", "2.png"}
-        assert cache.batch([0, 1]).shape == shape
-        assert cache.facts["dataset"] == "ds_1"
+    work = tmp_path / "work"
+    assert finish(start(work, pictures(work, tmp_path, processor))) == (0, "")
+    cache = PictureCache.open(work / PICTURES_FOLDER)
+    assert cache.rows.tolist() == [[1, 0], [2, 1]]
+    assert [cache.picture(index).shape for index in range(len(cache))] == [(8, 8, 3)] * 2
+    assert cache.facts["dataset"] == "ds_1"
 
 
 def test_pictures_that_can_not_be_had_fail_the_job_with_their_names(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def _expands_too_far(name: str, most: int) -> Unparsable:
 def _read(entry: Entry, faults: list[tuple[str, str]]) -> bytes:
     try:
         data = entry.read()
-    except (BadZipFile, EOFError, zlib.error, ValueError, NotImplementedError) as error:
+    except (BadZipFile, EOFError, zlib.error, ValueError) as error:
         faults.append(("broken-member", str(error) or type(error).__name__))
         return b""
     if len(data) != entry.size:

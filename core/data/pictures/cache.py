@@ -2,14 +2,12 @@
 
 The preparer writes it once per (dataset, image processor); nobody else decodes for training. `pixels.bin` holds the
 pictures end to end, uint8 [height, width, 3] each; `sizes.npy` int32 [pictures, 2] their heights and widths; `digests.npy`
-uint8 [pictures, 32] tells pictures of equal pixels, in this cache or another; `names.json` maps the name of every member to its
-picture's index, `rows.npy` int64 [n, 2] the rows of the upload, from 1, to the pictures they name. Pictures whose files are
-equal, byte for byte, are held once.
+uint8 [pictures, 32] tells pictures of equal pixels, in this cache or another; `rows.npy` int64 [n, 2] maps the rows of the
+upload, from 1, to the pictures they name. Pictures whose files are equal, byte for byte, are held once.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,7 @@ from core.errors import ArtifactError, InvalidInput
 from core.manifest import closed_folder, verify_folder
 from core.run import DECODER_VERSION, PICTURE_CACHE_KIND
 
-PIXELS_FILE, SIZES_FILE, DIGESTS_FILE = "pixels.bin", "sizes.npy", "digests.npy"
-NAMES_FILE, ROWS_FILE = "names.json", "rows.npy"
+PIXELS_FILE, SIZES_FILE, DIGESTS_FILE, ROWS_FILE = "pixels.bin", "sizes.npy", "digests.npy", "rows.npy"
 
 
 def write_picture_cache(
@@ -50,8 +47,7 @@ def write_picture_cache(
         np.save(temporary / DIGESTS_FILE, np.frombuffer(b"".join(written.digests), np.uint8).reshape(-1, 32))
         named = [(number, written.names[name]) for number, name in rows]
         np.save(temporary / ROWS_FILE, np.asarray(named, np.int64).reshape(-1, 2))
-        (temporary / NAMES_FILE).write_text(json.dumps(written.names, ensure_ascii=False), encoding="utf-8")
-        facts |= {"rule": rule.facts(), "decoder": DECODER_VERSION, "pictures": len(written.sizes), "names": len(written.names)}
+        facts |= {"rule": rule.facts(), "decoder": DECODER_VERSION, "pictures": len(written.sizes)}
     return len(written.sizes)
 
 
@@ -91,12 +87,11 @@ class PictureCache:
         sizes: npt.NDArray[np.int32] = np.load(folder / SIZES_FILE, allow_pickle=False)
         digests: npt.NDArray[np.uint8] = np.load(folder / DIGESTS_FILE, allow_pickle=False)
         rows: npt.NDArray[np.int64] = np.load(folder / ROWS_FILE, allow_pickle=False)
-        names: dict[str, int] = json.loads((folder / NAMES_FILE).read_text(encoding="utf-8"))
         ends = np.cumsum(sizes.astype(np.int64).prod(axis=1) * 3)
         total = int(ends[-1]) if len(ends) else 0
         path = folder / PIXELS_FILE
-        indices = {*names.values(), *rows[:, 1].tolist()}
-        if path.stat().st_size != total or len(digests) != len(sizes) or not indices <= set(range(len(sizes))):
+        is_within = bool(((rows[:, 1] >= 0) & (rows[:, 1] < len(sizes))).all())
+        if path.stat().st_size != total or len(digests) != len(sizes) or not is_within:
             raise ArtifactError(f"{folder.name}: its files do not belong together")
         self.facts = facts
         self.sizes = sizes
@@ -105,8 +100,6 @@ class PictureCache:
         """uint8 [pictures, 32], equal for equal pixels."""
         self.rows = rows
         """int64 [n, 2]: the number of a row in the upload, and a picture that it names."""
-        self.index_of: Mapping[str, int] = names
-        """Name of a member -> its picture."""
         self._ends = ends
         # A file of no bytes can't be mapped.
         self._pixels: npt.NDArray[np.uint8] = np.asarray(np.memmap(path, np.uint8, "r") if total else np.empty(0, np.uint8))
@@ -126,7 +119,3 @@ class PictureCache:
         height, width = map(int, self.sizes[index])
         end = int(self._ends[index])
         return self._pixels[end - height * width * 3 : end].reshape(height, width, 3)
-
-    def batch(self, indices: Sequence[int]) -> Pixels:
-        """uint8 [len(indices), height, width, 3], copied. Raises ValueError where the pictures differ in size."""
-        return np.stack([self.picture(index) for index in indices])

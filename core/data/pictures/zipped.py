@@ -42,7 +42,7 @@ def entries(path: Path, most: int) -> Iterator[Entry]:
 def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     """Raises what the standard library raises for a broken member, RuntimeError and its kind as ValueError."""
     if info.compress_type not in _METHODS:
-        raise NotImplementedError(f"compression method {info.compress_type}; use store or deflate")
+        raise ValueError(f"compression method {info.compress_type}; use store or deflate")
     if info.header_offset < 0:
         raise ValueError("it begins before the file does")
     try:

@@ -5,7 +5,6 @@ What a base gets is decided when it is loaded, and said in `form`: nothing falls
 transformers' own (another family, 4-bit or 8-bit weights, which are kept as they are) are slower and have no graphs.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +24,11 @@ from core.infer.sampling import Drawing, Sampling, launch
 if TYPE_CHECKING:
     from core.infer.runner import Share
 
-logger = logging.getLogger(__name__)
-
 
 class DeviceCompute:
     """`form` says how this base is computed."""
+
+    is_asynchronous = True
 
     def __init__(
         self,
@@ -58,10 +57,8 @@ class DeviceCompute:
         self._graphs: DecodeGraphs | None = None
         if self._fused is not None and model.device.type == "cuda":
             self._graphs = DecodeGraphs(self._fused, store, drawn, self.slots, self._courier, page=page)
-        self.is_asynchronous = True
         how = "own layers, graphs of steps" if reason is None else f"transformers' own layers without graphs: {reason}"
         self.form = f"{config.model_type} on {model.device}: {how}"
-        logger.info("%s", self.form)
 
     @torch.inference_mode()
     def warm_up(self, rows: int) -> None:

@@ -76,12 +76,12 @@ def test_class_sentences_name_all_that_is_wrong() -> None:
 
 def test_geometry_is_its_formulas(unit: Unit) -> None:
     images, texts = unit(30, 8, seed=1).detach(), unit(30, 8, seed=2).detach()
-    assert alignment(images, texts) == pytest.approx((images - texts).norm(dim=1).pow(2).mean().item(), rel=1e-5)
+    assert float(alignment(images, texts)) == pytest.approx((images - texts).norm(dim=1).pow(2).mean().item(), rel=1e-5)
     expected = torch.pdist(images).pow(2).mul(-2).exp().mean().log().item()
-    assert uniformity(images) == pytest.approx(expected, rel=1e-4)
-    assert uniformity(images, block=7) == pytest.approx(expected, rel=1e-4)
-    assert uniformity(images[:1].expand(9, -1)) == pytest.approx(0, abs=1e-5)
-    assert alignment(images, images) == 0
+    assert float(uniformity(images)) == pytest.approx(expected, rel=1e-4)
+    assert float(uniformity(images, block=7)) == pytest.approx(expected, rel=1e-4)
+    assert float(uniformity(images[:1].expand(9, -1))) == pytest.approx(0, abs=1e-5)
+    assert float(alignment(images, images)) == 0
     assert kept_direction(images, images) == pytest.approx(1)
     with pytest.raises(ValueError, match="two or more"):
         uniformity(images[:1])

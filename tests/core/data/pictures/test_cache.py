@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 
 from core.data.pictures.archive import Member
-from core.data.pictures.cache import (
-    NAMES_FILE,
-    PIXELS_FILE,
-    PictureCache,
-    write_picture_cache,
-)
+from core.data.pictures.cache import PIXELS_FILE, ROWS_FILE, PictureCache, write_picture_cache
 from core.data.pictures.decode import decode_picture
 from core.data.pictures.resize import ResizeRule
 from core.errors import ArtifactError, InvalidInput
@@ -47,33 +42,27 @@ def test_round_trip_of_any_pictures(seed: int, tmp_path: Path) -> None:
     facts: dict[str, Any] = {"kept": seed}
     held = write_picture_cache(tmp_path / "c", members, list(enumerate(wanted, start=1)), rule, facts)
     cache = PictureCache.open(tmp_path / "c")
-    assert set(cache.index_of) == set(wanted)
+    assert cache.rows[:, 0].tolist() == list(range(1, len(wanted) + 1))
+    index_of = dict(zip(wanted, cache.rows[:, 1].tolist(), strict=True))
     files = {member.name: member.data for member in members}
     assert len(cache) == held == len({files[name] for name in wanted}) == cache.facts["pictures"]
     assert cache.facts["kept"] == seed
     assert cache.facts["rule"] == json.loads(json.dumps(rule.facts()))
-    assert cache.rows.tolist() == [[number, cache.index_of[name]] for number, name in enumerate(wanted, start=1)]
     for name in wanted:
-        pixels = cache.picture(cache.index_of[name])
+        pixels = cache.picture(index_of[name])
         assert np.array_equal(pixels, rule.apply(decode_picture(files[name], name).image))
-        assert pixels.shape[:2] == tuple(cache.sizes[cache.index_of[name]])
+        assert pixels.shape[:2] == tuple(cache.sizes[index_of[name]])
     for name in wanted:
         for other in wanted:
-            assert (cache.index_of[name] == cache.index_of[other]) == (files[name] == files[other])
-            one, two = cache.index_of[name], cache.index_of[other]
+            assert (index_of[name] == index_of[other]) == (files[name] == files[other])
+            one, two = index_of[name], index_of[other]
             same = cache.picture(one).shape == cache.picture(two).shape and np.array_equal(cache.picture(one), cache.picture(two))
             assert (bytes(cache.digests[one]) == bytes(cache.digests[two])) == same
 
 
-def test_batches_are_copies_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_pictures_are_views_that_nobody_writes_to(tmp_path: Path) -> None:
     write(tmp_path / "c", [Member(str(seed), saved(noise(seed))) for seed in range(4)])
     cache = PictureCache.open(tmp_path / "c")
-    batch = cache.batch([3, 0, 3])
-    assert batch.shape == (3, 8, 8, 3)
-    assert np.array_equal(batch[0], cache.picture(3))
-    assert np.array_equal(batch[1], cache.picture(0))
-    batch[:] = 0
-    assert cache.picture(3).any()
     with pytest.raises(ValueError, match="read-only"):
         cache.picture(3)[:] = 0
     with pytest.raises(IndexError):
@@ -107,6 +96,6 @@ def test_a_changed_or_unfinished_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError):
         PictureCache(tmp_path / "c", {})
     path.write_bytes(sound)
-    (tmp_path / "c" / NAMES_FILE).write_text('{"a": 1}')
+    np.save(tmp_path / "c" / ROWS_FILE, np.array([[1, 1]]))
     with pytest.raises(ArtifactError, match="do not belong together"):
         PictureCache(tmp_path / "c", {})
