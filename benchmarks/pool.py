@@ -160,6 +160,7 @@ class _Running:
         self.run = run
         self.child = Child(run_input(run.model, run.cache, run.spec).model_copy(update={"device": "auto"}), run.folder)
         self.heard = time.monotonic()
+        self.went_on: float | None = None  # as events have it: Unix seconds
         self.is_over = False
         self.trouble = ""
 
@@ -192,7 +193,7 @@ class _Running:
             time.sleep(0.01)
 
     def go_on(self) -> None:
-        self.heard = time.monotonic()
+        self.heard, self.went_on = time.monotonic(), time.time()
         os.kill(self.child.process.pid, signal.SIGCONT)
 
     def outcome(self) -> Outcome:
@@ -201,6 +202,9 @@ class _Running:
         trouble = self.trouble
         if not trouble and _was_short_of_memory(events):
             trouble = "short of memory"
+        timed = steps[self.run.warm_up :]
+        if not trouble and timed and self.went_on is not None and timed[0].at < self.went_on:
+            trouble = "was stopped too late: a timed step was trained beside others"
         if trouble or len(steps) != asked:
             words = [*([trouble] if trouble else []), f"{len(steps)} of {asked} steps were trained", *said(events)]
             trouble = f"{'; '.join(words)}\n{self.child.log.read_text()[-2000:]}"
@@ -224,7 +228,7 @@ def _measure(batch: Sequence[Run], silent_seconds: float, end_at: float) -> Iter
         while starting:
             _listen(starting, silent_seconds, end_at)
             for running in [*starting]:
-                if running.has_started and not running.is_over:
+                if running.has_started and not running.is_over and len(children) > 1:  # one alone disturbs nobody
                     running.stop()
                     print(
                         f"{running.run.name}: {'ended' if running.is_over else 'stands'} after {time.monotonic() - began:.0f} s",
@@ -234,7 +238,7 @@ def _measure(batch: Sequence[Run], silent_seconds: float, end_at: float) -> Iter
                     starting.remove(running)
 
         for running in children:
-            if not running.is_over:
+            if not running.is_over and len(children) > 1:
                 running.go_on()
             while not running.is_over:
                 _listen([running], silent_seconds, end_at)

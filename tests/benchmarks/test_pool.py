@@ -15,7 +15,8 @@ from core.plan.memory import estimate_memory
 from core.states import Reason
 from tests.core.train.runs import random_rows, spec_of, write_cache
 
-STEPS, WARM_UP = 6, 2
+STEPS, WARM_UP = 44, 40
+"""So many before the timed ones that a parent which is slow to stop a child of tiny steps is not too late."""
 
 
 def run_of(name: str, model: Path, folder: Path, *, peak: float = 1.0, standing: float = 0.5) -> Run:
@@ -40,22 +41,22 @@ def test_children_start_together_and_train_one_by_one_and_one_that_fails_takes_n
     assert left_running() == []
     failed = outcomes["failing"]
     assert failed.timed == []
-    assert "0 of 6 steps were trained" in failed.trouble
+    assert "0 of 44 steps were trained" in failed.trouble
     assert "Traceback" in failed.trouble, "the end of its log"
     first, last = outcomes["first"], outcomes["last"]
     assert (first.trouble, last.trouble) == ("", "")
     for outcome in (first, last):
-        assert [step.step for step in outcome.timed] == [3, 4, 5, 6]
+        assert [step.step for step in outcome.timed] == [41, 42, 43, 44]
     began = [next(event.at for event in outcome.events if event.kind == "started") for outcome in (first, last)]
-    assert max(began) < min(step.at for outcome in (first, last) for step in outcome.steps), "set up before any of them trains"
+    assert max(began) < min(step.at for outcome in (first, last) for step in outcome.timed), "set up before any of them is timed"
     assert first.steps[-1].at <= min(step.at - step.step_seconds for step in last.timed), "alone while it is timed"
 
 
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
-        ({"silent_seconds": 0.01}, "no word for 0 s; 0 of 6 steps"),
-        ({"end_at": 0.3}, "the time was up; 0 of 6 steps"),
+        ({"silent_seconds": 0.01}, "no word for 0 s; 0 of 44 steps"),
+        ({"end_at": 0.3}, "the time was up; 0 of 44 steps"),
         ({"begin_until": 0.0}, "not begun, the time is up"),
     ],
 )
@@ -76,8 +77,9 @@ def test_a_child_that_does_not_stop_is_ended_before_it_disturbs(
     write_cache(tmp_path / "cache", random_rows(40))
     monkeypatch.setattr("os.waitid", lambda *_: None)
     monkeypatch.setattr(pool, "_STOP_SECONDS", 0.0)
-    (outcome,) = measure_alone([run_of("one", tiny, tmp_path)])
-    assert outcome.trouble.startswith("was told to stop, and did not in 0 s; 0 of 6 steps")
+    outcomes = list(measure_alone([run_of(name, tiny, tmp_path) for name in ("one", "two")], at_once=2))
+    assert [outcome.run.name for outcome in outcomes] == ["one", "two"]
+    assert all(outcome.trouble.startswith("was told to stop, and did not in 0 s; 0 of 44 steps") for outcome in outcomes)
     assert left_running() == []
 
 
