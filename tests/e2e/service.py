@@ -54,6 +54,11 @@ class Service:
             lambda: self.job(job_id), lambda seen: (seen["step"] or 0) >= step or seen["status"] in ENDED, f"step {step}"
         )
 
+    def checkpoints(self, job_id: str) -> list[dict[str, Any]]:
+        """Those that are kept: what a resume may begin from."""
+        kept: list[dict[str, Any]] = _json(self.api.get(f"/jobs/{job_id}/checkpoints"))["data"]
+        return kept
+
     def events(self, job_id: str) -> list[dict[str, Any]]:
         """All events of a job so far."""
         found: list[dict[str, Any]] = []
