@@ -32,9 +32,6 @@ from core.plan.time import step_seconds
 from core.plan.work import Work
 from tests.core.train.runs import write_cache
 
-_CALL_SECONDS = 600
-"""What `--foresee` holds a set's planned time to."""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -66,7 +63,7 @@ def main() -> None:
 
 
 def in_order(cases: list[Case]) -> list[Case]:
-    """Small models first, so that a call that is cut has measured many."""
+    """Small models first, so that a run that is cut has measured many."""
     return sorted(cases, key=lambda case: list(SHAPES).index(case.shape))
 
 
@@ -83,10 +80,7 @@ def foresee(name: str, cases: list[Case], gib: float, at_once: int) -> None:
         total, batches = total + seconds, batches + 1
         said_of = ", ".join(f"{run.name} {run.peak_gib:.1f} GiB" for run in in_turn(batch))
         print(f"{name} {batches}: {seconds:.0f} s of steps, {needed_gib(batch):.0f} GiB: {said_of}")
-    left = (_CALL_SECONDS - total) / batches
-    print(
-        f"{name}: {len(cases)} cases, {total:.0f} s of steps; fits a call of {_CALL_SECONDS} s if a batch stands in {left:.0f} s"
-    )
+    print(f"{name}: {len(cases)} cases in {batches} batches, {total:.0f} s of steps")
 
 
 def run_all(cases: list[Case], arguments: argparse.Namespace, began: float) -> None:
